@@ -1,0 +1,55 @@
+"""Every failure a user can meet, as a sentence.
+
+A `PescError` carries one message that says what was wrong, where (file, row, field), and what to do about it.
+Front ends print the message alone; a traceback is shown only for a defect of this package.
+"""
+
+from __future__ import annotations
+
+
+class PescError(Exception):
+    """A failure with a cause the user can act on.  `str(error)` is the whole message."""
+
+
+class RecipeError(PescError):
+    """A recipe, an override or an address that cannot be used."""
+
+
+class SourceError(PescError):
+    """A source that cannot be fetched, or whose bytes are not the expected ones."""
+
+
+class DataError(PescError):
+    """Rows that cannot be used: wrong shape, wrong type, too many of them broken."""
+
+
+class ModelError(PescError):
+    """A model directory or checkpoint that cannot be read, converted or merged."""
+
+
+class StoreError(PescError):
+    """The store is damaged, full, or in use by another process."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the workspace of the same action."""
+
+
+class StageFailedError(PescError):
+    """A stage's program ended without a result.  The message ends with the tail of its log."""
+
+
+class TrainingFailedError(StageFailedError):
+    """Training ended with an error of its own (a bad loss, a frozen expert, out of memory)."""
+
+
+class InterruptedStageError(StageFailedError):
+    """The stage was asked to stop and its checkpoints are kept: run it again to resume."""
+
+
+class PreemptedError(StageFailedError):
+    """The machine took the processes away; a retry resumes from the last checkpoint."""
+
+
+class EvaluationError(PescError):
+    """A benchmark that cannot be run as configured."""

@@ -1,0 +1,213 @@
+"""The stage table: the one place that says which stages there are, what they read, and which code makes their bytes.
+
+The CLI, the plan, the runner, the Prefect tasks and flows, the deployments and the store all read this table.
+
+    stage      instances                     reads
+    download   one a source                  nothing (local files enter by content)
+    dedup      one                           every source with data sets or benchmark questions
+    mix        one                           dedup
+    tokenize   one                           mix, the dense model's tokenizer
+    upcycle    one a sparse arm              the dense model
+    train      one a trained arm             the arm's model, tokenize
+    merge      one a trained arm             the arm's model, train, tokenize (prompts of the proof)
+    evaluate   one a benchmark of each arm   merge (or the dense model), the benchmark's source
+    report     one                           evaluate of all, train and merge of each arm, dedup, mix, tokenize
+
+Pitfall: `code_version` is part of every fingerprint. Raise it when a change of the stage's sources may change its bytes;
+`stages.lock` and its test make sure that somebody decides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfig
+from pesc.errors import RecipeError
+from pesc.evaluate.config import BenchmarkConfig, ReportConfig
+from pesc.models.config import MergeConfig, UpcycleConfig
+from pesc.stage import StageConfig
+from pesc.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pesc.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table."""
+
+    name: str
+    config_type: type[StageConfig]
+    code_version: int
+    builder: str
+    """`module:function` of the builder; imported only when the stage runs."""
+    sources: tuple[str, ...]
+    """Modules (or packages) whose code decides the stage's bytes; their digest is in stages.lock."""
+    wants_gpu: bool = False
+    isolated: bool = False
+    """Runs in a process of its own, so that the caller never imports torch or touches CUDA."""
+    summary: str = ""
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "download", SourceConfig, 1, "pesc.data.download:build", ("pesc.data.download", "pesc.data.sources"),
+        summary="fetch and pin sources",
+    ),
+    Stage(
+        "dedup", DedupConfig, 1, "pesc.data.dedup:build",
+        ("pesc.data.dedup", "pesc.data.conversation", "pesc.data.filters", "pesc.data.exact_dedup", "pesc.data.minhash", "pesc.data.decontaminate"),
+        summary="one schema, filters, exact and near duplicates, decontamination",
+    ),
+    Stage("mix", MixConfig, 1, "pesc.data.mixture:build", ("pesc.data.mixture",), summary="draw the mixture by quota"),
+    Stage(
+        "tokenize", TokenizeConfig, 1, "pesc.data.tokenization:build", ("pesc.data.tokenization", "pesc.data.chat", "pesc.data.packing"),
+        isolated=True, summary="chat template, assistant-only loss, packing",
+    ),
+    Stage(
+        "upcycle", UpcycleConfig, 1, "pesc.models.upcycle:build", ("pesc.models.upcycle", "pesc.models.factory", "pesc.moe"),
+        isolated=True, summary="dense to sparse",
+    ),
+    Stage(
+        "train", TrainConfig, 1, "pesc.train.stage:build", ("pesc.train", "pesc.models.factory", "pesc.moe"),
+        wants_gpu=True, summary="distributed QLoRA",
+    ),
+    Stage(
+        "merge", MergeConfig, 1, "pesc.models.merge:build", ("pesc.models.merge", "pesc.models.factory", "pesc.moe"),
+        wants_gpu=True, isolated=True, summary="fold the LoRA, prove it",
+    ),
+    Stage(
+        "evaluate", BenchmarkConfig, 1, "pesc.evaluate.harness:build", ("pesc.evaluate.harness", "pesc.evaluate.sandbox", "pesc.evaluate.tasks", "pesc.moe"),
+        wants_gpu=True, isolated=True, summary="one benchmark of one arm with lm-eval",
+    ),
+    Stage("report", ReportConfig, 1, "pesc.evaluate.report:build", ("pesc.evaluate.report", "pesc.evaluate.comparison"), summary="tables, plots, page"),
+)
+STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
+_BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def stage_named(name: str) -> Stage:
+    """The row of one stage.  Raises RecipeError for an unknown name."""
+    if name not in _BY_NAME:
+        close = difflib.get_close_matches(name, STAGE_NAMES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"There is no stage {name!r}.{hint} Stages: {', '.join(STAGE_NAMES)}.")
+    return _BY_NAME[name]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One action of a recipe: a stage with its complete settings and where its inputs come from."""
+
+    stage: Stage
+    instance: str
+    """"" for a stage that runs once, else the source, the arm, or arm/benchmark."""
+    config: StageConfig
+    inputs: Mapping[str, str]
+    """Input name -> address of the upstream node."""
+
+    @property
+    def address(self) -> str:
+        """`stage` or `stage[instance]`."""
+        return f"{self.stage.name}[{self.instance}]" if self.instance else self.stage.name
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All nodes of a recipe in an order in which each comes after its inputs."""
+
+    nodes: tuple[Node, ...]
+
+    @cached_property
+    def by_address(self) -> dict[str, Node]:
+        """Nodes by address."""
+        return {node.address: node for node in self.nodes}
+
+    def select(self, patterns: Iterable[str]) -> set[str]:
+        """Addresses that match: a stage name (all its instances), an address, or an arm's prefix `evaluate[pesc]`.
+
+        Raises RecipeError for a pattern that matches nothing.
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            match = re.fullmatch(r"([\w-]+)(?:\[([^\]]+)\])?", pattern.strip())
+            if not match:
+                raise RecipeError(f"{pattern!r} is not an address: write STAGE, STAGE[ARM] or evaluate[ARM/BENCHMARK].")
+            name, instance = match.groups()
+            stage_named(name)
+            found = {n.address for n in self.nodes if n.stage.name == name and (instance is None or n.instance == instance or n.instance.startswith(f"{instance}/"))}
+            if not found:
+                there = ", ".join(n.address for n in self.nodes if n.stage.name == name) or "none in this recipe"
+                raise RecipeError(f"This recipe has no {pattern!r}. Its {name} actions: {there}.")
+            chosen |= found
+        return chosen
+
+    def downstream(self, addresses: Iterable[str]) -> set[str]:
+        """The given addresses and everything that depends on them."""
+        reached = set(addresses)
+        for node in self.nodes:
+            if reached.intersection(node.inputs.values()):
+                reached.add(node.address)
+        return reached
+
+    def upstream(self, addresses: Iterable[str]) -> set[str]:
+        """The given addresses and everything they depend on."""
+        reached = set(addresses)
+        for node in reversed(self.nodes):
+            if node.address in reached:
+                reached.update(node.inputs.values())
+        return reached
+
+
+def build_graph(recipe: Recipe) -> Graph:
+    """Every action of a recipe."""
+    nodes = [*_data_nodes(recipe)]
+    for arm in recipe.arms:
+        nodes.extend(_arm_nodes(recipe, arm))
+    nodes.append(_report_node(recipe, nodes))
+    return Graph(tuple(nodes))
+
+
+def _node(stage: str, instance: str, config: StageConfig, inputs: Mapping[str, str]) -> Node:
+    return Node(_BY_NAME[stage], instance, config, dict(inputs))
+
+
+def _used_sources(recipe: Recipe) -> list[str]:
+    used = {recipe.base, *(d.source for d in recipe.dedup.datasets.values()), *(b.source for b in recipe.dedup.benchmarks.values())}
+    used |= {b.source for b in recipe.evaluate.benchmarks.values() if b.source}
+    return [name for name in recipe.sources if name in used]
+
+
+def _data_nodes(recipe: Recipe) -> Iterable[Node]:
+    for name in _used_sources(recipe):
+        yield _node("download", name, recipe.sources[name], {})
+    rows = {item.source for item in (*recipe.dedup.datasets.values(), *recipe.dedup.benchmarks.values())}
+    yield _node("dedup", "", recipe.dedup, {name: f"download[{name}]" for name in sorted(rows)})
+    yield _node("mix", "", recipe.mix, {"rows": "dedup"})
+    yield _node("tokenize", "", recipe.tokenize, {"mixture": "mix", "model": f"download[{recipe.base}]"})
+
+
+def _arm_nodes(recipe: Recipe, arm: str) -> Iterable[Node]:
+    method = recipe.arms[arm].method
+    model = final = f"download[{recipe.base}]"
+    if method == "pesc":
+        yield _node("upcycle", arm, recipe.upcycle_of(arm), {"model": model})
+        model = f"upcycle[{arm}]"
+    if method != "dense":
+        yield _node("train", arm, recipe.train_of(arm), {"model": model, "blocks": "tokenize"})
+        yield _node("merge", arm, recipe.merge, {"model": model, "adapter": f"train[{arm}]", "blocks": "tokenize"})
+        final = f"merge[{arm}]"
+    for name, benchmark in recipe.evaluate.benchmarks.items():
+        data = {"data": f"download[{benchmark.source}]"} if benchmark.source else {}
+        yield _node("evaluate", f"{arm}/{name}", benchmark, {"model": final, **data})
+
+
+def _report_node(recipe: Recipe, nodes: Iterable[Node]) -> Node:
+    wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate"}
+    inputs = {n.address: n.address for n in nodes if n.stage.name in wanted}
+    return _node("report", "", recipe.report, inputs)

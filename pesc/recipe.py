@@ -1,0 +1,203 @@
+"""A recipe: one YAML file that says everything a run depends on.
+
+    name, description          what it is
+    sources                    where bytes come from; `base` names the one that is the dense model
+    dedup mix tokenize         the instruction mixture
+    upcycle train merge        the model
+    evaluate report            the benchmarks and the page
+    arms                       what is compared: each arm has a method and may override `upcycle` and `train`
+    execution                  where and how fast (never in a fingerprint)
+
+`extends: NAME` starts from another recipe: maps are merged, lists and values replaced.  An override `train.learning_rate=2e-4`
+is read as YAML and checked by the same models as the file.  Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfig
+from pesc.errors import RecipeError
+from pesc.evaluate.config import EvaluateConfig, ReportConfig
+from pesc.models.config import MergeConfig, UpcycleConfig
+from pesc.stage import Execution, StageConfig
+from pesc.train.config import TrainConfig
+
+C = TypeVar("C", bound=StageConfig)
+NAME = r"^[a-z0-9][a-z0-9_.-]*$"
+
+
+class ArmConfig(StageConfig):
+    """One line of the comparison."""
+
+    method: Literal["pesc", "qlora", "dense"] = Field(description="pesc: sparse. qlora: the dense control. dense: the base as it came.")
+    upcycle: dict[str, Any] = Field(default_factory=dict, description="Overrides of the recipe's upcycle block.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Overrides of the recipe's train block.")
+
+
+class Recipe(StageConfig):
+    """A complete, checked run.  Every value is present: defaults are filled in, overrides applied."""
+
+    name: str = Field(pattern=NAME)
+    description: str = ""
+    base: str = Field(description="Name of the source that is the dense model.")
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    dedup: DedupConfig
+    mix: MixConfig
+    tokenize: TokenizeConfig = TokenizeConfig()
+    upcycle: UpcycleConfig = UpcycleConfig()
+    train: TrainConfig = TrainConfig()
+    merge: MergeConfig = MergeConfig()
+    evaluate: EvaluateConfig
+    report: ReportConfig = ReportConfig()
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    execution: Execution = Execution()
+
+    @field_validator("sources", "arms")
+    @classmethod
+    def _names_fit_addresses(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_names(value)
+        return value
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Recipe:
+        known = set(self.sources)
+        _check_names(self.evaluate.benchmarks)
+        references = {"base": self.base}
+        references |= {f"dedup.datasets.{name}.source": item.source for name, item in self.dedup.datasets.items()}
+        references |= {f"dedup.benchmarks.{name}.source": item.source for name, item in self.dedup.benchmarks.items()}
+        references |= {f"evaluate.benchmarks.{name}.source": item.source for name, item in self.evaluate.benchmarks.items() if item.source}
+        for where, source in references.items():
+            if source not in known:
+                raise ValueError(f"{where} names the source {source!r}, which is not among the sources ({', '.join(sorted(known))})")
+        domains = {item.domain for item in self.dedup.datasets.values()}
+        if missing := set(self.mix.weights) - domains:
+            raise ValueError(f"mix.weights names the domain {min(missing)!r}, but no data set has it (there are: {', '.join(sorted(domains))})")
+        if unknown := set(self.mix.dataset_weights) - set(self.dedup.datasets):
+            raise ValueError(f"mix.dataset_weights names {min(unknown)!r}, which is not among dedup.datasets")
+        for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
+            self.upcycle_of(arm), self.train_of(arm)
+        return self
+
+    def upcycle_of(self, arm: str) -> UpcycleConfig:
+        """The upcycle settings of one arm."""
+        return _override(self.upcycle, self.arms[arm].upcycle, f"arms.{arm}.upcycle")
+
+    def train_of(self, arm: str) -> TrainConfig:
+        """The training settings of one arm; `method` is the arm's."""
+        method = self.arms[arm].method
+        fixed = {} if method == "dense" else {"method": method}
+        return _override(self.train, {**self.arms[arm].train, **fixed}, f"arms.{arm}.train")
+
+
+def _check_names(value: Mapping[str, Any]) -> None:
+    import re
+
+    for name in value:
+        if not re.match(NAME, name):
+            raise ValueError(f"{name!r} cannot be a name: use lower-case letters, digits, '-', '_' and '.'")
+
+
+def _override(config: C, changes: Mapping[str, Any], where: str) -> C:
+    try:
+        return type(config).model_validate(_merge(config.model_dump(mode="json"), changes))
+    except ValidationError as error:
+        raise ValueError(_sentence(error, where)) from None
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of maps; anything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both_maps = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both_maps else value
+    return merged
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(Path(item.name).stem for item in resources.files("pesc.recipes").iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a YAML file by path, apply `a.b=value` overrides, check everything.
+
+    Raises RecipeError naming the recipe and the field.
+    """
+    raw = _read(name_or_path)
+    for text in overrides:
+        raw = _merge(raw, _parse_override(text))
+    return recipe_from_dict(raw, name_or_path)
+
+
+def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Check a recipe given as data.  Raises RecipeError naming each wrong field."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"Recipe {origin!r} cannot be used: {_sentence(error)}. See `pesc show` for a complete recipe.") from None
+
+
+def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
+    path = _find(name_or_path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"Recipe file {path} must hold a map of settings, not {type(raw).__name__}.")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    if depth:
+        raise RecipeError(f"Recipe file {path} extends {parent!r}, but is itself extended: one level is allowed.")
+    sibling = path.parent / f"{parent}.yaml"
+    return _merge(_read(str(sibling) if sibling.exists() else str(parent), depth + 1), raw)
+
+
+def _find(name_or_path: str) -> Any:
+    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path
+    if looks_like_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(f"There is no recipe file {name_or_path}. `pesc recipes` lists the ones that ship with the package.")
+        return path
+    if name_or_path in recipe_names():
+        return Path(str(resources.files("pesc.recipes") / f"{name_or_path}.yaml"))
+    close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(f"There is no recipe {name_or_path!r}.{hint} Known: {', '.join(recipe_names())}; or give the path of a YAML file.")
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"Override {text!r} must look like train.learning_rate=2e-4.")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"Override {text!r}: the value {value!r} is not valid YAML.") from None
+    for key in reversed(path.strip().split(".")):
+        parsed = {key: parsed}
+    return parsed
+
+
+def _sentence(error: ValidationError, prefix: str = "") -> str:
+    """Pydantic's errors as one sentence of `field: what is wrong`."""
+    parts = []
+    for item in error.errors():
+        field = ".".join([prefix, *map(str, item["loc"])] if prefix else map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such setting"
+        got = "" if isinstance(item["input"], dict | list) or item["type"] in {"missing", "extra_forbidden"} else f" (got {item['input']!r})"
+        parts.append(f"{field}: {message}{got}" if field else message)
+    return "; ".join(parts)

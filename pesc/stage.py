@@ -1,0 +1,85 @@
+"""The contract between a stage and whoever runs it.
+
+A stage is a function `build(ctx: StageContext) -> BuildResult`. It reads `ctx.config` and `ctx.inputs`, fills the empty
+directory `ctx.out`, may keep resumable scratch in `ctx.work`, and returns measurements.
+
+Contract
+- The bytes in `ctx.out` depend on `ctx.config` and the bytes of `ctx.inputs` alone. Times, host names and hardware belong in
+  `BuildResult.metrics`, which is written to the manifest and never hashed.
+- `StageConfig` may change the bytes and is in the fingerprint. `Execution` may not, and is only recorded.
+- Input directories are immutable; a builder never writes below them. It may hard-link files out of them.
+- A builder raises `pesc.errors.PescError` for anything the user can mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StageConfig(BaseModel):
+    """Settings that may change the bytes a stage writes.  Frozen, closed (an unknown field is an error), fully in the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Execution(BaseModel):
+    """Settings that may not change the bytes: where and how fast a stage runs.  Recorded in the manifest, not in the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where tensors live. auto: CUDA when there is a GPU, else the CPU.")
+    num_nodes: int = Field(1, ge=1, description="Machines that take part in training.")
+    num_processes: int | None = Field(None, ge=1, description="torchrun ranks on each node. Default: one a GPU, or one on a CPU.")
+    node_rank: int = Field(0, ge=0, description="This machine's rank among num_nodes.")
+    master: str | None = Field(None, description="host:port of node 0, needed when num_nodes > 1.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory, more time.")
+    save_every_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints that a killed run resumes from.")
+    log_every_steps: int = Field(1, ge=1, description="Optimizer steps between progress lines.")
+    evaluate_batch_size: int = Field(8, ge=1, description="Requests in one forward pass of an evaluation.")
+    num_workers: int | None = Field(None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.  `done` and `total` are in `unit`s; `fields` are measurements worth seeing (loss, tokens/s)."""
+
+    done: float
+    total: float
+    unit: str = "steps"
+    message: str = ""
+    fields: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a builder tells the manifest.
+
+    metrics: JSON measurements (counts, losses, seconds).  provenance: resolved facts (commit of a revision, package versions,
+    digests of what was fetched).  Neither is hashed.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory."""
+
+    address: str
+    config: Any
+    inputs: Mapping[str, Path]
+    out: Path
+    work: Path
+    execution: Execution = field(default_factory=Execution)
+    on_progress: Callable[[Progress], None] = lambda _progress: None
+
+    def progress(self, done: float, total: float, unit: str = "steps", message: str = "", **fields: float) -> None:
+        """Report progress; cheap enough to call for every unit."""
+        self.on_progress(Progress(done, total, unit, message, fields))
