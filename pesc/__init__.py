@@ -1,0 +1,14 @@
+"""PESC: a dense Hugging Face LLM in, a benchmarked sparse Mixture-of-Experts out.
+
+Map
+    pipeline.py   the stage table            recipe.py   one YAML file = one run       stage.py   what a stage is given and gives
+    plan.py       what would run, and why    run.py      run it, without any server    cli.py     the `pesc` command
+    store/        objects, actions, manifests, workspaces                provenance.py   where a result was made
+    data/         download, dedup, mix, tokenize                         moe/, models/   the sparse layer, upcycle, merge
+    train/        the rank program           launch/     processes that never outlive their parent
+    evaluate/     lm-eval, sandbox, comparison, report
+
+Promises: importing `pesc`, planning, and the command line never import torch. Nothing here imports Prefect, `tasks` or `flows`.
+"""
+
+__version__ = "0.1.0"

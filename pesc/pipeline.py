@@ -56,36 +56,84 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "download", SourceConfig, 1, "pesc.data.download:build", ("pesc.data.download", "pesc.data.sources"),
+        "download",
+        SourceConfig,
+        1,
+        "pesc.data.download:build",
+        ("pesc.data.download", "pesc.data.sources"),
         summary="fetch and pin sources",
     ),
     Stage(
-        "dedup", DedupConfig, 1, "pesc.data.dedup:build",
-        ("pesc.data.dedup", "pesc.data.conversation", "pesc.data.filters", "pesc.data.exact_dedup", "pesc.data.minhash", "pesc.data.decontaminate"),
+        "dedup",
+        DedupConfig,
+        1,
+        "pesc.data.dedup:build",
+        (
+            "pesc.data.dedup",
+            "pesc.data.conversation",
+            "pesc.data.filters",
+            "pesc.data.exact_dedup",
+            "pesc.data.minhash",
+            "pesc.data.decontaminate",
+        ),
         summary="one schema, filters, exact and near duplicates, decontamination",
     ),
     Stage("mix", MixConfig, 1, "pesc.data.mixture:build", ("pesc.data.mixture",), summary="draw the mixture by quota"),
     Stage(
-        "tokenize", TokenizeConfig, 1, "pesc.data.tokenization:build", ("pesc.data.tokenization", "pesc.data.chat", "pesc.data.packing"),
-        isolated=True, summary="chat template, assistant-only loss, packing",
+        "tokenize",
+        TokenizeConfig,
+        1,
+        "pesc.data.tokenization:build",
+        ("pesc.data.tokenization", "pesc.data.chat", "pesc.data.packing"),
+        isolated=True,
+        summary="chat template, assistant-only loss, packing",
     ),
     Stage(
-        "upcycle", UpcycleConfig, 1, "pesc.models.upcycle:build", ("pesc.models.upcycle", "pesc.models.factory", "pesc.moe"),
-        isolated=True, summary="dense to sparse",
+        "upcycle",
+        UpcycleConfig,
+        1,
+        "pesc.models.upcycle:build",
+        ("pesc.models.upcycle", "pesc.models.factory", "pesc.moe"),
+        isolated=True,
+        summary="dense to sparse",
     ),
     Stage(
-        "train", TrainConfig, 1, "pesc.train.stage:build", ("pesc.train", "pesc.models.factory", "pesc.moe"),
-        wants_gpu=True, summary="distributed QLoRA",
+        "train",
+        TrainConfig,
+        1,
+        "pesc.train.stage:build",
+        ("pesc.train", "pesc.models.factory", "pesc.moe"),
+        wants_gpu=True,
+        summary="distributed QLoRA",
     ),
     Stage(
-        "merge", MergeConfig, 1, "pesc.models.merge:build", ("pesc.models.merge", "pesc.models.factory", "pesc.moe"),
-        wants_gpu=True, isolated=True, summary="fold the LoRA, prove it",
+        "merge",
+        MergeConfig,
+        1,
+        "pesc.models.merge:build",
+        ("pesc.models.merge", "pesc.models.factory", "pesc.moe"),
+        wants_gpu=True,
+        isolated=True,
+        summary="fold the LoRA, prove it",
     ),
     Stage(
-        "evaluate", BenchmarkConfig, 1, "pesc.evaluate.harness:build", ("pesc.evaluate.harness", "pesc.evaluate.sandbox", "pesc.evaluate.tasks", "pesc.moe"),
-        wants_gpu=True, isolated=True, summary="one benchmark of one arm with lm-eval",
+        "evaluate",
+        BenchmarkConfig,
+        1,
+        "pesc.evaluate.harness:build",
+        ("pesc.evaluate.harness", "pesc.evaluate.sandbox", "pesc.evaluate.tasks", "pesc.moe"),
+        wants_gpu=True,
+        isolated=True,
+        summary="one benchmark of one arm with lm-eval",
     ),
-    Stage("report", ReportConfig, 1, "pesc.evaluate.report:build", ("pesc.evaluate.report", "pesc.evaluate.comparison"), summary="tables, plots, page"),
+    Stage(
+        "report",
+        ReportConfig,
+        1,
+        "pesc.evaluate.report:build",
+        ("pesc.evaluate.report", "pesc.evaluate.comparison"),
+        summary="tables, plots, page",
+    ),
 )
 STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
 _BY_NAME = {stage.name: stage for stage in STAGES}
@@ -140,7 +188,11 @@ class Graph:
                 raise RecipeError(f"{pattern!r} is not an address: write STAGE, STAGE[ARM] or evaluate[ARM/BENCHMARK].")
             name, instance = match.groups()
             stage_named(name)
-            found = {n.address for n in self.nodes if n.stage.name == name and (instance is None or n.instance == instance or n.instance.startswith(f"{instance}/"))}
+            found = {
+                n.address
+                for n in self.nodes
+                if n.stage.name == name and (instance is None or n.instance == instance or n.instance.startswith(f"{instance}/"))
+            }
             if not found:
                 there = ", ".join(n.address for n in self.nodes if n.stage.name == name) or "none in this recipe"
                 raise RecipeError(f"This recipe has no {pattern!r}. Its {name} actions: {there}.")

@@ -80,7 +80,9 @@ class Recipe(StageConfig):
                 raise ValueError(f"{where} names the source {source!r}, which is not among the sources ({', '.join(sorted(known))})")
         domains = {item.domain for item in self.dedup.datasets.values()}
         if missing := set(self.mix.weights) - domains:
-            raise ValueError(f"mix.weights names the domain {min(missing)!r}, but no data set has it (there are: {', '.join(sorted(domains))})")
+            raise ValueError(
+                f"mix.weights names the domain {min(missing)!r}, but no data set has it (there are: {', '.join(sorted(domains))})"
+            )
         if unknown := set(self.mix.dataset_weights) - set(self.dedup.datasets):
             raise ValueError(f"mix.dataset_weights names {min(unknown)!r}, which is not among dedup.datasets")
         for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
@@ -198,6 +200,8 @@ def _sentence(error: ValidationError, prefix: str = "") -> str:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such setting"
-        got = "" if isinstance(item["input"], dict | list) or item["type"] in {"missing", "extra_forbidden"} else f" (got {item['input']!r})"
+        got = (
+            "" if isinstance(item["input"], dict | list) or item["type"] in {"missing", "extra_forbidden"} else f" (got {item['input']!r})"
+        )
         parts.append(f"{field}: {message}{got}" if field else message)
     return "; ".join(parts)

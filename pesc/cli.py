@@ -1,0 +1,253 @@
+"""The `pesc` command.
+
+pesc recipes                              the recipes that ship with the package
+pesc plan demo                            what would run, and why
+pesc run demo --refresh evaluate          run it (no server needed)
+pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
+
+A failure that the user can mend is one sentence on stderr and exit code 1; wrong usage is exit code 2.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pesc.errors import PescError, RecipeError
+from pesc.plan import Plan, Selection, make_plan
+from pesc.recipe import load_recipe, recipe_names
+from pesc.settings import store_root
+from pesc.store import Store
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0] if __doc__ else ""
+)
+dev = typer.Typer(no_args_is_help=True, help="For those who change this package.")
+app.add_typer(dev, name="dev")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, e.g. train.learning_rate=1e-4.", metavar="[KEY=VALUE]...")]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of the store. Default: $PESC_STORE or ./store.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Build these alone: STAGE, STAGE[ARM] or evaluate[ARM/BENCHMARK].")]
+From = Annotated[list[str] | None, typer.Option("--from", help="Build these and what depends on them.")]
+Until = Annotated[list[str] | None, typer.Option("--until", help="Build these and what they need.")]
+Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="Build these again even when the store has them.")]
+
+
+def _store(path: Path | None) -> Store:
+    return Store(path or store_root())
+
+
+def _selection(only: list[str] | None, start: list[str] | None, until: list[str] | None, refresh: list[str] | None) -> Selection:
+    return Selection(tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(refresh or ()))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with the package."""
+    width = max(map(len, recipe_names()), default=0)
+    for name in recipe_names():
+        print(f"{name:<{width}}  {load_recipe(name).description}")
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Print a recipe in full: defaults filled in, overrides applied."""
+    resolved = load_recipe(recipe, overrides or ()).model_dump(mode="json")
+    if as_json:
+        print(json.dumps(resolved, indent=2))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    only: Only = None,
+    start: From = None,
+    until: Until = None,
+    refresh: Refresh = None,
+    store: StoreOption = None,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 10 when something would run.")] = False,
+) -> None:
+    """Say what would run, and why.  Builds nothing."""
+    made = make_plan(load_recipe(recipe, overrides or ()), _store(store), _selection(only, start, until, refresh))
+    _print_plan(made)
+    if exit_code and made.counts["HIT"] < len(made.actions):
+        raise typer.Exit(10)
+
+
+def _print_plan(made: Plan) -> None:
+    width = max(len(a.address) for a in made)
+    colour = {"HIT": "\033[32m", "RUN": "\033[33m", "BLOCKED": "\033[31m"} if sys.stdout.isatty() else {}
+    for action in made:
+        status = f"{colour.get(action.status, '')}{action.status:<7}{chr(27) + '[0m' if colour else ''}"
+        took = f"  (took {_duration(action.last_seconds)} last time)" if action.status == "RUN" and action.last_seconds else ""
+        print(f"{status} {action.address:<{width}}  {action.reason}{took}")
+    print(", ".join(f"{count} {status}" for status, count in made.counts.items() if count))
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    only: Only = None,
+    start: From = None,
+    until: Until = None,
+    refresh: Refresh = None,
+    store: StoreOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False,
+) -> None:
+    """Run a recipe in this process.  Needs no server; shares every result with the Prefect flows."""
+    from pesc.console import ConsoleRun
+
+    loaded, place = load_recipe(recipe, overrides or ()), _store(store)
+    with ConsoleRun(verbose=verbose) as console:
+        console.run(loaded, place, _selection(only, start, until, refresh))
+
+
+@app.command()
+def explain(recipe: RecipeArgument, address: str, overrides: Overrides = None, store: StoreOption = None) -> None:
+    """Tell everything about one action: why it would run or not, its key, and the manifest of its result."""
+    place, loaded = _store(store), load_recipe(recipe, overrides or ())
+    actions = {a.address: a for a in make_plan(loaded, place)}
+    if address not in actions:
+        raise RecipeError(f"Recipe {loaded.name!r} has no action {address!r}. It has: {', '.join(actions)}.")
+    action = actions[address]
+    print(f"{action.address}: {action.status}, {action.reason}")
+    print(f"stage        {action.node.stage.name} (code_version {action.node.stage.code_version}): {action.node.stage.summary}")
+    print(f"fingerprint  {action.fingerprint or 'known when its inputs are built'}")
+    for name, upstream in action.node.inputs.items():
+        print(f"input        {name} = {upstream} ({actions[upstream].status})")
+    if action.manifest:
+        print(f"object       {place.object_path(action.manifest.output.digest)}")
+        print(action.manifest.model_dump_json(indent=2, exclude={"output": {"files"}}))
+    else:
+        print(json.dumps(action.node.config.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def fsck(
+    store: StoreOption = None, repair: Annotated[bool, typer.Option(help="Set damaged things aside, so that they are built again.")] = False
+) -> None:
+    """Check every object's bytes against its name, and every action against its object."""
+    from pesc.store.maintenance import fsck as check
+
+    place = _store(store)
+    report = check(place, repair)
+    for problem in report.problems:
+        print(f"damaged: {problem}")
+    for done in report.repaired:
+        print(f"repaired: {done}")
+    for path in report.leftovers:
+        print(f"unfinished: {path.relative_to(place.root)} (a run resumes from it; `pesc gc` removes it when it is old)")
+    print(
+        f"{report.num_actions} actions, {report.num_objects} objects: {'clean' if report.is_clean else f'{len(report.problems)} problems'}"
+    )
+    if not report.is_clean and not repair:
+        raise PescError(
+            f"The store {place.root} is damaged. `pesc fsck --repair` sets the damaged parts aside; the next run builds them again."
+        )
+
+
+@app.command()
+def gc(
+    keep_recipe: Annotated[list[str] | None, typer.Option("--keep-recipe", help="Keep what this recipe's plan hits.")] = None,
+    keep_days: Annotated[float, typer.Option(min=0, help="Keep what was made or used in the last N days.")] = 30.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove. Without it, only say what would go.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Find results that nothing needs.  A dry run unless --delete is given."""
+    from pesc.store.maintenance import gc as collect
+
+    place = _store(store)
+    plans = [make_plan(load_recipe(name), place) for name in keep_recipe or ()]
+    keep = [(a.node.stage.name, a.fingerprint) for p in plans for a in p if a.status == "HIT" and a.fingerprint]
+    report = collect(place, keep, keep_days, delete)
+    for kind, paths in (("action", report.actions), ("object", report.objects), ("workspace", report.workspaces)):
+        for path in paths:
+            print(f"{'removed' if delete else 'would remove'} {kind} {path.relative_to(place.root)}")
+    total = len(report.actions) + len(report.objects) + len(report.workspaces)
+    verb = "Freed" if delete else "Would free"
+    print(f"{verb} {report.freed_bytes / 1e6:.1f} MB in {total} places; {report.kept_actions} actions kept.")
+    if total and not delete:
+        print("Nothing was removed: add --delete to remove.")
+
+
+@app.command()
+def adopt(
+    recipe: RecipeArgument,
+    address: str,
+    fingerprint: Annotated[str, typer.Option("--from", help="Fingerprint (or its start) of the earlier result.")],
+    reason: Annotated[str, typer.Option(help="Why the earlier result still stands; kept in the manifest.")],
+    overrides: Overrides = None,
+    store: StoreOption = None,
+) -> None:
+    """Keep an expensive result after a change that cannot have altered it."""
+    from pesc.run import adopt as adopt_result
+    from pesc.run import make_job
+
+    place, loaded = _store(store), load_recipe(recipe, overrides or ())
+    actions = {a.address: a for a in make_plan(loaded, place)}
+    if address not in actions:
+        raise RecipeError(f"Recipe {loaded.name!r} has no action {address!r}. It has: {', '.join(actions)}.")
+    action = actions[address]
+    if missing := [name for name in action.node.inputs.values() if actions[name].status != "HIT"]:
+        raise RecipeError(f"{address} cannot adopt a result before its inputs are there: {', '.join(missing)}.")
+    donors = [m for m in place.manifests(action.node.stage.name) if m.fingerprint.startswith(fingerprint)]
+    if len({m.fingerprint for m in donors}) != 1:
+        found = "several results start" if donors else "no result starts"
+        raise RecipeError(f"In the store, {found} with {fingerprint!r} for {action.node.stage.name}; give more of the fingerprint.")
+    refs = {a.address: a.manifest.ref for a in actions.values() if a.manifest}
+    made = adopt_result(place, make_job(action.node, loaded, refs), donors[0], reason)
+    print(f"{address} now stands on {donors[0].fingerprint[:12]}, object {made.output.digest[:12]}: {reason}")
+
+
+@dev.command()
+def lock() -> None:
+    """Write stages.lock for the sources as they are."""
+    from pesc.code_lock import write_lock
+
+    print(f"stages.lock: {', '.join(write_lock()) or 'nothing changed'}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except PescError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted. Finished stages and checkpoints are kept: run the same command again to go on.", 130)
+    except BrokenPipeError:  # `pesc plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        from pesc.run import disk_sentence
+
+        sentence = disk_sentence(error, store_root())
+        if sentence is None:
+            raise
+        _fail(sentence, 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"pesc: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What `pesc run` shows: one line an action, a progress bar on a terminal, plain lines elsewhere, the results table at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pesc.pipeline import Node
+from pesc.plan import Selection, make_plan
+from pesc.recipe import Recipe
+from pesc.run import Outcome, run_recipe
+from pesc.stage import Progress as StageProgress
+from pesc.store import Store
+
+PLAIN_SECONDS = 15.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+class ConsoleRun:
+    """Runs a recipe and shows it.  Use as a context manager."""
+
+    def __init__(self, verbose: bool = False, console: Console | None = None) -> None:
+        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=self._console, transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None, note="", visible=False)
+        self._count, self._total, self._address = 0, 0, ""
+        self._last_line = 0.0
+        logger = logging.getLogger("pesc")
+        logger.setLevel(logging.INFO if verbose else logging.WARNING)
+        self._handler = RichHandler(console=self._console, show_path=False, log_time_format="%H:%M:%S")
+        logger.addHandler(self._handler)
+
+    def __enter__(self) -> ConsoleRun:
+        self._bar.start()
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self._bar.stop()
+        logging.getLogger("pesc").removeHandler(self._handler)
+
+    def run(self, recipe: Recipe, store: Store, selection: Selection) -> dict[str, Outcome]:
+        """Run, show, and print where the report is."""
+        self._total = len(make_plan(recipe, store, selection).actions)
+        started = time.monotonic()
+        outcomes = run_recipe(recipe, store, selection, self._start, self._finish, self._progress)
+        self._bar.stop()
+        built = sum(o.how == "built" for o in outcomes.values())
+        self._console.print(f"{built} built, {len(outcomes) - built} cached, in {time.monotonic() - started:.1f} s. Store: {store.root}")
+        if "report" in outcomes:
+            self._console.print(render_report(store, outcomes["report"]), markup=False)
+        return outcomes
+
+    def _start(self, node: Node, reason: str) -> None:
+        self._address, self._last_line = node.address, time.monotonic()
+        self._console.print(f"[bold]RUN[/]    {node.address.replace('[', chr(92) + '[')}  [dim]{reason}[/]")
+        self._bar.reset(self._task, description=node.address.replace("[", "\\["), total=None, note="", visible=True)
+
+    def _finish(self, outcome: Outcome) -> None:
+        self._count += 1
+        self._bar.update(self._task, visible=False)
+        how = "[green]built[/]" if outcome.how == "built" else "[cyan]cached[/]"
+        took = f"{outcome.seconds:8.1f} s" if outcome.how == "built" else " " * 10
+        address = outcome.address.replace("[", "\\[")
+        self._console.print(
+            f"{how:<{19 if 'green' in how else 20}} {took}  {address}  [dim]{outcome.ref.digest[:8]}  ({self._count}/{self._total})[/]"
+        )
+
+    def _progress(self, progress: StageProgress) -> None:
+        note = "  ".join([progress.message, *(f"{k} {v:.4g}" for k, v in progress.fields.items())]).strip()
+        self._bar.update(self._task, completed=progress.done, total=progress.total or None, note=note)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            self._console.print(f"       {self._address}  {progress.done:g}/{progress.total:g} {progress.unit}  {note}", markup=False)
+
+
+def render_report(store: Store, outcome: Outcome) -> str:
+    """The results table of a finished report, and where its page is."""
+    import json
+
+    from pesc.evaluate.comparison import results_table
+
+    place = store.open(outcome.ref)
+    table = results_table(json.loads((place / "results.json").read_text()))
+    return f"\n{table}\n\nReport: {place / 'report.html'}"

@@ -1,0 +1,277 @@
+"""Run a recipe in this process, with no server: the same body that the Prefect tasks call.
+
+    recipe → graph → for each action in order: fingerprint, HIT? open it : build it in its workspace, publish, commit
+
+Key contracts
+- `build_or_open` is the one way in which an action comes to be. It asks the store first, also when another process may have
+  finished the same action meanwhile; it commits before it returns.
+- Failures leave finished actions as they are and the failing one's workspace for the next attempt.
+- Stages marked `isolated` run in a process of their own; the caller never imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pesc.errors import PescError, RecipeError, StoreError
+from pesc.pipeline import Node, Stage, build_graph, stage_named
+from pesc.plan import PlannedAction, Selection, key_of, make_plan
+from pesc.recipe import Recipe
+from pesc.stage import BuildResult, Execution, Progress, StageContext
+from pesc.store import ArtifactRef, Manifest, Store
+from pesc.store.digest import FileEntry
+from pesc.store.manifest import Key, Output, OutputFile
+
+logger = logging.getLogger(__name__)
+ProgressCallback = Callable[[Progress], None]
+
+
+class Job(BaseModel):
+    """One action, ready to be built: everything a worker needs besides the store.  Small and JSON-serialisable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str
+    recipe: str
+    key: Key
+    inputs: dict[str, ArtifactRef]
+    execution: Execution = Execution()
+    refresh: bool = False
+    prefect_run: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the result this job makes."""
+        return self.key.fingerprint
+
+    @property
+    def label(self) -> str:
+        """`train[pesc] demo 3f2a91bc`: what logs and run names show."""
+        return f"{self.address} {self.recipe} {self.fingerprint[:8]}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one action."""
+
+    address: str
+    ref: ArtifactRef
+    how: Literal["hit", "built"]
+    seconds: float
+
+
+def make_job(node: Node, recipe: Recipe, refs: Mapping[str, ArtifactRef], refresh: bool = False) -> Job:
+    """The job of a node whose inputs are finished; `refs` maps addresses to references."""
+    inputs = {name: refs[address] for name, address in node.inputs.items()}
+    key = key_of(node, {name: ref.digest for name, ref in inputs.items()})
+    return Job(address=node.address, recipe=recipe.name, key=key, inputs=inputs, execution=recipe.execution, refresh=refresh)
+
+
+def build_or_open(store: Store, job: Job, on_progress: ProgressCallback = lambda _p: None) -> Outcome:
+    """The result of a job: opened when the store has it, else built, published and committed.
+
+    Raises PescError: StoreBusyError when another process is building it, StageFailedError and its kin when the build fails.
+    """
+    started = time.monotonic()
+    stage = stage_named(job.key.stage)
+    if not job.refresh and (manifest := store.find(stage.name, job.fingerprint)):
+        return Outcome(job.address, manifest.ref, "hit", time.monotonic() - started)
+    with _full_disk_as_sentence(store), store.workspace(stage.name, job.fingerprint, job.label) as workspace:
+        if not job.refresh and (manifest := store.find(stage.name, job.fingerprint)):  # finished while we came here
+            return Outcome(job.address, manifest.ref, "hit", time.monotonic() - started)
+        workspace.clear_output()
+        began = datetime.now(UTC)
+        result = _call_builder(stage, _context(store, job, workspace.root, on_progress))
+        digest, entries = store.publish(workspace.out)
+        seconds = time.monotonic() - started
+        manifest = _manifest(job, stage, digest, entries, result, began, seconds)
+        _keep_log(workspace.root, store.action_path(stage.name, job.fingerprint))
+        store.commit(manifest)
+        workspace.discard()
+    logger.info("%s built in %.1f s, object %s", job.label, seconds, digest[:8])
+    return Outcome(job.address, manifest.ref, "built", seconds)
+
+
+def run_recipe(
+    recipe: Recipe,
+    store: Store,
+    selection: Selection = Selection(),
+    on_action: Callable[[Node, str], None] = lambda _node, _reason: None,
+    on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
+    on_progress: ProgressCallback = lambda _p: None,
+) -> dict[str, Outcome]:
+    """Run everything the selection allows; returns the outcome by address.
+
+    `on_action(node, reason)` is called before an action is built, `on_outcome` after each action. Raises PescError.
+    """
+    outcomes: dict[str, Outcome] = {}
+    try:
+        for step in resolve(recipe, store, selection):
+            if step.job is not None:
+                on_action(step.node, step.reason)
+                outcomes[step.node.address] = step.finish(build_or_open(store, step.job, on_progress))
+            else:
+                outcomes[step.node.address] = step.outcome
+            on_outcome(outcomes[step.node.address])
+    finally:
+        if outcomes:
+            name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+            store.record_run(recipe.name, name, {address: outcome.ref.fingerprint for address, outcome in outcomes.items()})
+    return outcomes
+
+
+class Step:
+    """One action of a run in progress: a HIT with its `outcome`, or a `job` whose outcome `finish` must be told."""
+
+    def __init__(self, node: Node, reason: str, job: Job | None, hit: ArtifactRef | None, refs: dict[str, ArtifactRef]) -> None:
+        self.node, self.reason, self.job, self._hit, self._refs = node, reason, job, hit, refs
+        if hit:
+            refs[node.address] = hit
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of a HIT."""
+        assert self._hit is not None
+        return Outcome(self.node.address, self._hit, "hit", 0.0)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Hand the result on to the actions that need it."""
+        self._refs[self.node.address] = outcome.ref
+        return outcome
+
+
+def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bool = False) -> Iterator[Step]:
+    """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
+
+    The caller runs each step's job and calls `step.finish` before it asks for the next. Raises RecipeError, before anything is
+    built, when an action is BLOCKED. With `hits_as_jobs` HITs come with a job too, for callers that show them.
+    """
+    plan = make_plan(recipe, store, selection)
+    if blocked := [action for action in plan if action.status == "BLOCKED"]:
+        raise RecipeError(_blocked_sentence(recipe, blocked))
+    graph, refs = build_graph(recipe), {}
+    refreshed = selection.refreshed(graph)
+    reasons = {action.address: action.reason for action in plan}
+    for node in (n for n in graph.nodes if n.address in reasons):
+        job = make_job(node, recipe, refs, refresh=node.address in refreshed)
+        manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
+        hit = manifest.ref if manifest else None
+        yield Step(node, reasons[node.address], None if hit and not hits_as_jobs else job, hit, refs)
+        if node.address not in refs:
+            raise RuntimeError(f"the caller of resolve() did not finish {node.address}")
+
+
+def _blocked_sentence(recipe: Recipe, blocked: list[PlannedAction]) -> str:
+    first = next((a for a in blocked if a.fingerprint), blocked[0])
+    return (
+        f"{first.address} of recipe {recipe.name!r} is needed but is not in the store ({first.reason}). "
+        f"Build it with `pesc run {recipe.name} --until '{first.address}'`, or widen the selection."
+    )
+
+
+def _context(store: Store, job: Job, work: Path, on_progress: ProgressCallback) -> StageContext:
+    stage = stage_named(job.key.stage)
+    return StageContext(
+        address=job.address,
+        config=stage.config_type.model_validate(job.key.config),
+        inputs={name: store.open(ref) for name, ref in job.inputs.items()},
+        out=work / "out",
+        work=work,
+        execution=job.execution,
+        on_progress=on_progress,
+    )
+
+
+def _call_builder(stage: Stage, ctx: StageContext) -> BuildResult:
+    if stage.isolated:
+        from pesc.launch.isolated import build_isolated
+
+        return build_isolated(stage, ctx)
+    module, _, function = stage.builder.partition(":")
+    return getattr(importlib.import_module(module), function)(ctx)
+
+
+def _manifest(
+    job: Job, stage: Stage, digest: str, entries: list[FileEntry], result: BuildResult, began: datetime, seconds: float
+) -> Manifest:
+    from pesc.code_lock import sources_digest
+    from pesc.provenance import environment
+
+    files = [OutputFile(path=e.path, size=e.size, sha256=e.sha256) for e in entries]
+    return Manifest(
+        address=job.address,
+        recipe=job.recipe,
+        fingerprint=job.fingerprint,
+        key=job.key,
+        input_fingerprints={name: ref.fingerprint for name, ref in job.inputs.items()},
+        output=Output(digest=digest, size_bytes=sum(f.size for f in files), files=files),
+        metrics=result.metrics,
+        provenance=result.provenance,
+        environment=environment(),
+        execution=job.execution.model_dump(mode="json"),
+        sources_digest=sources_digest(stage),
+        started_at=began.isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        prefect_run=job.prefect_run,
+    )
+
+
+def _keep_log(work: Path, action: Path) -> None:
+    """The log of a build goes beside its manifest."""
+    log = work / "log.txt"
+    if log.is_file():
+        action.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, action / "log.txt")
+
+
+class _full_disk_as_sentence:
+    """Turns the operating system's complaints about the store's disk into sentences."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, OSError) and not isinstance(error, PescError) and (sentence := disk_sentence(error, self._store.root)):
+            raise StoreError(sentence) from error
+
+
+def disk_sentence(error: OSError, root: Path) -> str | None:
+    """A full, read-only or forbidden disk as a sentence; None for anything else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk of {root} is full. Free space (`pesc gc` shows what nothing needs), then run again: finished stages and checkpoints are kept."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename or root} cannot be written ({error.strerror}). Give another store with --store or PESC_STORE, or mend its permissions."
+    return None
+
+
+def adopt(store: Store, job: Job, donor: Manifest, reason: str) -> Manifest:
+    """Let an earlier result of the same stage stand for this job, with the reason on record.
+
+    For an expensive result after a change that cannot alter it. Raises StoreError when the donor's object is not whole.
+    """
+    if donor.key.stage != job.key.stage:
+        raise StoreError(f"{donor.address} is a result of {donor.key.stage}, not of {job.key.stage}.")
+    if not store.has_object(donor):
+        raise StoreError(f"The object of {donor.fingerprint[:12]} is not whole; `pesc fsck` says what is missing.")
+    update = {
+        "address": job.address, "recipe": job.recipe, "fingerprint": job.fingerprint, "key": job.key, "made_by": "adopt",
+        "input_fingerprints": {name: ref.fingerprint for name, ref in job.inputs.items()},
+        "reason": f"{reason} (from {donor.fingerprint[:12]})", "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    manifest = donor.model_copy(update=update)
+    store.commit(manifest)
+    return manifest

@@ -1,0 +1,86 @@
+"""What is written beside a result: how it was made, from what, where, and what was measured."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pesc.store.digest import digest_json
+
+FORMAT = 1
+"""Version of the fingerprint's and the manifest's layout."""
+
+
+class Key(BaseModel):
+    """Everything a fingerprint is made of.  Equal intent gives equal keys on every machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    stage: str
+    code_version: int
+    config: dict[str, Any]
+    """The stage's complete settings, defaults included."""
+    inputs: dict[str, str]
+    """Input name -> digest of its object (content, not upstream's fingerprint: equal bytes keep everything downstream)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the key's canonical JSON."""
+        return digest_json(self.model_dump(mode="json"))
+
+
+class ArtifactRef(BaseModel):
+    """A finished action in under 1 KB: what Prefect caches and what stages hand to each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    fingerprint: str
+    digest: str
+    size_bytes: int
+
+
+class OutputFile(BaseModel):
+    """One file of the object."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Output(BaseModel):
+    """The object an action made."""
+
+    digest: str
+    size_bytes: int
+    files: list[OutputFile]
+
+
+class Manifest(BaseModel):
+    """The record of one action; its presence in the store is the commit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    address: str = Field(description="Address in the recipe that made it, e.g. train[pesc].")
+    recipe: str
+    fingerprint: str
+    key: Key
+    input_fingerprints: dict[str, str] = Field(default_factory=dict, description="Input name -> fingerprint of the action that made it.")
+    output: Output
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Facts resolved while building: revisions, fall-backs, versions.")
+    environment: dict[str, Any] = Field(default_factory=dict, description="Git commit, lock digest, package versions, hardware.")
+    execution: dict[str, Any] = Field(default_factory=dict)
+    sources_digest: str = Field("", description="Digest of the stage's normalised sources, finer than its code_version.")
+    started_at: str
+    seconds: float
+    made_by: Literal["build", "adopt"] = "build"
+    reason: str = Field("", description="Why an earlier result was adopted.")
+    prefect_run: str | None = None
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The short form."""
+        return ArtifactRef(stage=self.key.stage, fingerprint=self.fingerprint, digest=self.output.digest, size_bytes=self.output.size_bytes)

@@ -1,0 +1,115 @@
+"""A workspace: where one action is built, by one process at a time.
+
+The lock is `flock` on `.lock`: the kernel frees it when the holder dies. The directory stays after a failure, so that the next
+attempt resumes from what is there; it is removed when the action is committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pesc.errors import StoreBusyError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A locked scratch directory.  `out` is empty at first and becomes the object; `root` keeps whatever helps to resume."""
+
+    root: Path
+
+    @property
+    def out(self) -> Path:
+        """The directory that will be published."""
+        return self.root / "out"
+
+    def clear_output(self) -> None:
+        """Start with an empty `out`: half of an earlier attempt must not leak into this one."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(parents=True)
+
+    def discard(self) -> None:
+        """Remove everything, the lock file last."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked_workspace(root: Path, label: str) -> Iterator[Workspace]:
+    """Hold the workspace at `root`.  Raises StoreBusyError, naming the holder, when another process has it."""
+    descriptor = _acquire(root, label)
+    try:
+        yield Workspace(root)
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(root: Path) -> bool:
+    """Whether some process holds the workspace."""
+    try:
+        descriptor = os.open(root / ".lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return True
+        raise
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _acquire(root: Path, label: str) -> int:
+    path = root / ".lock"
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # the previous holder removed the directory between the two lines
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise StoreBusyError(
+                f"{label} is being built by {holder} in {root}. Wait for it to finish, or stop that process and run again: its checkpoints are kept."
+            ) from None
+        if _same_file(descriptor, path):
+            _sign(descriptor)
+            return descriptor
+        os.close(descriptor)  # locked a file that its holder has just removed
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino)
+
+
+def _sign(descriptor: int) -> None:
+    note = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(note).encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        note = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {note['pid']} on {note['host']} since {note['since']}"
+    except (ValueError, KeyError):
+        return "another process"
