@@ -32,6 +32,7 @@ from pesc.stage import Execution, StageConfig
 from pesc.train.config import TrainConfig
 
 C = TypeVar("C", bound=StageConfig)
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one reads a recipe ten times faster
 NAME = r"^[a-z0-9][a-z0-9_.-]*$"
 
 
@@ -151,7 +152,7 @@ def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
     path = _find(name_or_path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(raw, dict):

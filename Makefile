@@ -1,0 +1,43 @@
+# Every target starts from Python >= 3.11 and PyPI alone.
+#
+#   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
+#   make test    the tests that need no GPU, no hub, and less than 12 minutes
+#   make test-all  the slow ones as well
+#   make check   style, types, import rules
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STORE  ?= store
+
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+
+.PHONY: install demo test test-all check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m flows.pipeline demo
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: install
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

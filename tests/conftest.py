@@ -1,0 +1,54 @@
+"""Shared fixtures: no test touches the network, the user's store, or another test's files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+
+@pytest.fixture(autouse=True)
+def _no_user_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("PESC_STORE", str(tmp_path / "store"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    from pesc.store import Store
+
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """The fake builders, installed."""
+    from tests import fake_stages
+
+    fake_stages.install(monkeypatch)
+    return fake_stages
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    """A factory: `tiny_recipe(**changes)` makes a complete recipe over local files."""
+    from pesc.recipe import _merge, recipe_from_dict
+    from tests.fake_stages import tiny_recipe_dict
+
+    def make(**changes):
+        return recipe_from_dict(_merge(tiny_recipe_dict(tmp_path / "sources"), changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real rows that are not part of the project; skips where they are absent."""
+    root = Path(os.environ.get("PESC_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared")
+    if not (root / "data").is_dir():
+        pytest.skip(f"no shared data at {root}: set PESC_SHARED_DATA")
+    return root

@@ -1,0 +1,206 @@
+"""Run, plan, rerun: what is built, what is kept, and why."""
+
+import json
+
+import pytest
+
+from pesc.errors import DataError, RecipeError, StoreError
+from pesc.plan import Selection, make_plan
+from pesc.run import adopt, disk_sentence, make_job, run_recipe
+from pesc.store.maintenance import fsck
+
+
+def statuses(plan):
+    return {action.address: action.status for action in plan}
+
+
+def test_a_second_run_builds_nothing(fakes, store, tiny_recipe):
+    first = run_recipe(tiny_recipe(), store)
+    built = list(fakes.CALLS)
+    second = run_recipe(tiny_recipe(), store)
+    assert built == list(first)
+    assert fakes.CALLS == built
+    assert {o.how for o in second.values()} == {"hit"}
+    assert {a: o.ref for a, o in first.items()} == {a: o.ref for a, o in second.items()}
+
+
+def test_the_graph_has_every_stage_and_the_arms_share_the_data(fakes, store, tiny_recipe):
+    outcomes = run_recipe(tiny_recipe(), store)
+    assert list(outcomes) == [
+        "download[base]", "download[rows]", "dedup", "mix", "tokenize", "upcycle[pesc]", "train[pesc]", "merge[pesc]",
+        "evaluate[pesc/quiz]", "train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "report",
+    ]  # fmt: skip
+
+
+def test_two_empty_stores_give_the_same_objects_and_fingerprints(fakes, store, tiny_recipe, tmp_path):
+    from pesc.store import Store
+
+    first, second = run_recipe(tiny_recipe(), store), run_recipe(tiny_recipe(), Store(tmp_path / "other"))
+    assert {a: o.ref for a, o in first.items()} == {a: o.ref for a, o in second.items()}
+
+
+def test_a_plan_of_an_empty_store_runs_everything(fakes, store, tiny_recipe):
+    plan = make_plan(tiny_recipe(), store)
+    assert plan.counts == {"HIT": 0, "RUN": 13, "BLOCKED": 0}
+    assert plan.actions[0].reason == "never built"
+    assert "waits for" in plan.actions[-1].reason
+
+
+def test_a_changed_setting_is_named_and_reaches_what_depends_on_it(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store)
+    plan = make_plan(tiny_recipe(dedup={"near_duplicate_threshold": 0.7}), store)
+    reasons = {a.address: a.reason for a in plan}
+    assert reasons["dedup"] == "config.near_duplicate_threshold 0.8 → 0.7"
+    assert reasons["mix"] == "dedup will run (kept if the bytes stay the same)"
+    unaffected = {"download[base]", "download[rows]", "upcycle[pesc]"}
+    assert {a for a, s in statuses(plan).items() if s == "HIT"} == unaffected
+
+
+def test_equal_bytes_upstream_keep_everything_downstream(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store)
+    fakes.CALLS.clear()
+    changed = tiny_recipe(dedup={"near_duplicate_threshold": 0.7})  # the fake's bytes are the same for 0.7 and 0.8
+    outcomes = run_recipe(changed, store)
+    assert fakes.CALLS == ["dedup"]
+    assert outcomes["report"].how == "hit"
+    assert make_plan(changed, store).counts["HIT"] == 13
+    different = tiny_recipe(dedup={"near_duplicate_threshold": 0.2})
+    run_recipe(different, store)
+    assert fakes.CALLS[1:] == [a for a in outcomes if a not in ("download[base]", "download[rows]", "upcycle[pesc]")]
+
+
+def test_an_edited_local_file_is_another_source(fakes, store, tiny_recipe, tmp_path):
+    run_recipe(tiny_recipe(), store)
+    recipe = tiny_recipe()
+    (tmp_path / "sources" / "rows" / "data.json").write_text('"edited"')
+    plan = {a.address: a for a in make_plan(recipe, store)}
+    assert plan["download[rows]"].status == "RUN"
+    assert plan["download[rows]"].reason.startswith("input local")
+    assert plan["download[base]"].status == "HIT"
+
+
+def test_only_refuses_before_building_when_something_is_missing(fakes, store, tiny_recipe):
+    with pytest.raises(RecipeError, match=r"download\[base\] .* is needed but is not in the store.*--until"):
+        run_recipe(tiny_recipe(), store, Selection(only=("train[pesc]",)))
+    assert fakes.CALLS == []
+
+
+def test_until_from_and_only_select(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store, Selection(until=("mix",)))
+    assert fakes.CALLS == ["download[rows]", "dedup", "mix"]
+    run_recipe(tiny_recipe(), store, Selection(until=("train[pesc]",)))
+    fakes.CALLS.clear()
+    run_recipe(tiny_recipe(), store, Selection(only=("merge[pesc]",)))
+    assert fakes.CALLS == ["merge[pesc]"]
+    fakes.CALLS.clear()
+    run_recipe(tiny_recipe(), store, Selection(start=("evaluate[pesc]",), until=("evaluate[pesc]",)))
+    assert fakes.CALLS == ["evaluate[pesc/quiz]"]
+
+
+def test_refresh_builds_again_and_keeps_what_gave_the_same_bytes(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store)
+    fakes.CALLS.clear()
+    outcomes = run_recipe(tiny_recipe(), store, Selection(refresh=("evaluate",)))
+    assert fakes.CALLS == ["evaluate[pesc/quiz]", "evaluate[qlora/quiz]"]
+    assert outcomes["report"].how == "hit"
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (Selection(only=("trane",)), "no stage 'trane'. Did you mean 'train'"),
+        (Selection(only=("train[moe]",)), r"no 'train\[moe\]'. Its train actions: train\[pesc\], train\[qlora\]"),
+        (Selection(only=("train[",)), "not an address"),
+        (Selection(only=("mix",), refresh=("train",)), r"--refresh names train\[pesc\]"),
+        (Selection(only=("mix",), until=("dedup",)), "leaves nothing"),
+    ],
+)
+def test_a_wrong_selection_is_a_sentence(fakes, store, tiny_recipe, selection, message):
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(tiny_recipe(), store, selection)
+    assert fakes.CALLS == []
+
+
+def test_a_failure_leaves_no_half_artifact_and_the_rerun_goes_on_from_there(fakes, store, tiny_recipe):
+    fakes.FAIL_AT.add("train[pesc]")
+    with pytest.raises(DataError, match="row 3"):
+        run_recipe(tiny_recipe(), store)
+    done = list(fakes.CALLS[:-1])
+    assert fsck(store).is_clean
+    assert statuses(make_plan(tiny_recipe(), store))["train[pesc]"] == "RUN"
+    fakes.FAIL_AT.clear()
+    fakes.CALLS.clear()
+    run_recipe(tiny_recipe(), store)
+    assert fakes.CALLS[0] == "train[pesc]"
+    assert not set(fakes.CALLS) & set(done)
+
+
+def test_a_removed_object_is_built_again(fakes, store, tiny_recipe):
+    import shutil
+
+    outcome = run_recipe(tiny_recipe(), store)["mix"]
+    shutil.rmtree(store.object_path(outcome.ref.digest))
+    plan = {a.address: a for a in make_plan(tiny_recipe(), store)}
+    assert plan["mix"].reason == "its object is missing from the store"
+    fakes.CALLS.clear()
+    run_recipe(tiny_recipe(), store)
+    assert fakes.CALLS == ["mix"]
+
+
+def test_the_manifest_says_how_it_was_made(fakes, store, tiny_recipe):
+    outcome = run_recipe(tiny_recipe(), store)["train[pesc]"]
+    manifest = store.find("train", outcome.ref.fingerprint)
+    assert manifest.key.config["learning_rate"] == 2e-4
+    assert set(manifest.input_fingerprints) == {"model", "blocks"}
+    assert manifest.environment["packages"]["pydantic" if "pydantic" in manifest.environment["packages"] else "torch"]
+    assert manifest.environment["hardware"]["cores"] >= 1
+    assert len(manifest.ref.model_dump_json()) < 1024
+    assert (store.action_path("train", manifest.fingerprint) / "log.txt").read_text() == "building train[pesc]\n"
+
+
+def test_execution_is_not_in_the_key(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store)
+    assert make_plan(tiny_recipe(execution={"num_processes": 16, "zero_stage": 3}), store).counts["RUN"] == 0
+
+
+def test_a_higher_code_version_is_a_reason(fakes, store, tiny_recipe, monkeypatch):
+    from dataclasses import replace
+
+    from pesc import pipeline
+
+    run_recipe(tiny_recipe(), store)
+    monkeypatch.setitem(pipeline._BY_NAME, "mix", replace(pipeline._BY_NAME["mix"], code_version=2))
+    assert {a.address: a.reason for a in make_plan(tiny_recipe(), store)}["mix"] == "code_version 1 → 2"
+
+
+def test_adopt_keeps_a_result_with_the_reason_on_record(fakes, store, tiny_recipe):
+    old = run_recipe(tiny_recipe(), store)
+    recipe = tiny_recipe(train={"max_grad_norm": 0.31})
+    plan = {a.address: a for a in make_plan(recipe, store)}
+    action = plan["train[pesc]"]
+    assert action.status == "RUN"
+    job = make_job(action.node, recipe, {a: o.ref for a, o in old.items()})
+    adopt(store, job, store.find("train", old["train[pesc]"].ref.fingerprint), "clipping never engaged")
+    plan = {a.address: a for a in make_plan(recipe, store)}
+    assert plan["train[pesc]"].status == plan["merge[pesc]"].status == "HIT"
+    assert "clipping never engaged" in plan["train[pesc]"].reason
+    with pytest.raises(StoreError, match="not of train"):
+        adopt(store, job, store.find("mix", old["mix"].ref.fingerprint), "no")
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(fakes, store, tiny_recipe, monkeypatch):
+    import errno
+
+    run_recipe(tiny_recipe(), store, Selection(until=("mix",)))
+    before = json.dumps(sorted(p.name for p in store.root.glob("actions/*/*")))
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(store), "publish", full)
+    with pytest.raises(StoreError, match="is full. Free space"):
+        run_recipe(tiny_recipe(), store)
+    assert json.dumps(sorted(p.name for p in store.root.glob("actions/*/*"))) == before
+    monkeypatch.undo()
+    assert fsck(store).is_clean
+    assert disk_sentence(OSError(errno.EROFS, "Read-only file system", "/x"), store.root).startswith("/x cannot be written")
