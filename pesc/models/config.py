@@ -22,7 +22,9 @@ class UpcycleConfig(StageConfig):
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> UpcycleConfig:
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); a token cannot use more experts than there are")
+            raise ValueError(
+                f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); a token cannot use more experts than there are"
+            )
         return self
 
 

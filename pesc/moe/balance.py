@@ -1,0 +1,160 @@
+"""Load balancing: the routers' logits of one forward pass, the loss on them, and what they say about the routing.
+
+    with RouterRecorder(model) as recorder:
+        output = model(**batch)
+    loss = output.loss + coefficient * recorder.balance_loss(mask_BS)
+    loss.backward()
+
+B sequences, S positions, T tokens that count (not padding), E experts, K active experts, L sparse layers.
+
+Contract
+- The logits are recorded by forward hooks on the `Router` modules, with their graph; nothing is recorded outside the `with`.
+- Under non-reentrant activation checkpointing the loss has the same gradient as without, and the recomputation records nothing.
+- Under reentrant checkpointing the first pass has no graph, so that the loss could have no gradient: `balance_loss` raises instead.
+
+Pitfall: the reference implementation takes softmax over the top-k logits before the mean; that loss is the constant E/K without a
+gradient.  P must be the softmax over ALL experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pesc.moe.router import Router
+
+
+def switch_loss(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """E · Σ_i f_i · P_i of one layer, a scalar in fp32 (Fedus et al. 2022 eq. 4, PESC eq. 10 without α).
+
+    logits_TE [T, E] of the tokens that count.  f_i: share of the tokens that expert i is chosen for (Σ f = K); P_i: mean probability,
+    softmax over all experts.  Balanced routing gives K, all tokens on the same K experts up to E.  No tokens give 0.
+    """
+    num_experts = logits_TE.shape[-1]
+    tokens = max(logits_TE.shape[0], 1)
+    share_E = _count_choices(logits_TE, top_k) / tokens
+    probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0) / tokens
+    return num_experts * torch.dot(share_E, probability_E)
+
+
+def _count_choices(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """How many tokens choose each expert, [E] fp32, without a graph and without waiting for the device."""
+    logits_TE = logits_TE.detach()
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, logits_TE.topk(top_k, dim=-1).indices, 1.0)
+    return chosen_TE.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """What one layer's router did with the tokens that count."""
+
+    load: tuple[float, ...]
+    """Share of all assignments that went to each expert; balanced is 1/E, the sum is 1."""
+    probability: tuple[float, ...]
+    """Mean probability of each expert, softmax over all; the sum is 1."""
+    entropy: float
+    """Entropy of `load` over its maximum ln E: 1 is balanced, 0 is one expert for all (ln K / ln E: the same K for all)."""
+    dead: tuple[int, ...]
+    """Experts that no token chose."""
+    tokens: int
+
+
+def routing_statistics(logits_TE: torch.Tensor, top_k: int) -> RoutingStatistics:
+    """Load, entropy and dead experts of one layer.  logits_TE [T, E] of the tokens that count.  Waits for the device."""
+    logits_TE = logits_TE.detach()
+    tokens, num_experts = logits_TE.shape
+    count_E = _count_choices(logits_TE, top_k).cpu().double()
+    load_E = count_E / count_E.sum().clamp(min=1)
+    probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0).cpu() / max(tokens, 1)
+    entropy = torch.special.entr(load_E).sum().item()
+    most = torch.tensor(float(num_experts)).log().item()
+    return RoutingStatistics(
+        load=tuple(load_E.tolist()),
+        probability=tuple(probability_E.tolist()),
+        entropy=entropy / most if most else 1.0,
+        dead=tuple((count_E == 0).nonzero().flatten().tolist()),
+        tokens=tokens,
+    )
+
+
+class RouterRecorder:
+    """Context manager that keeps every router's logits of the forward pass inside it.
+
+    Entering again starts anew; logits stay readable (with their graph) after the exit until the next entry or `clear`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.routers: dict[str, Router] = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        if not self.routers:
+            raise ValueError("this model has no router: it is dense, and there is no routing to record")
+        self.logits: dict[str, torch.Tensor] = {}
+        """Router's module name -> logits [B, S, E] of the last forward pass, in layer order."""
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> RouterRecorder:
+        self.clear()
+        self._handles = [router.register_forward_hook(self._hook_of(name)) for name, router in self.routers.items()]
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def clear(self) -> None:
+        """Forget the logits, and let go of their graph."""
+        self.logits = {}
+
+    def _hook_of(self, name: str):
+        def record(_module: nn.Module, _inputs: tuple, logits: torch.Tensor) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # inside a backward pass: a recomputation of what is recorded already
+            self.logits[name] = logits
+
+        return record
+
+    def counted(self, mask_BS: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Router's name -> logits [T, E] of the tokens whose mask is not 0 (without a mask: of all tokens).
+
+        Raises RuntimeError when nothing was recorded, ValueError when the mask is not [B, S].
+        """
+        missing = [name for name in self.routers if name not in self.logits]
+        if missing:
+            raise RuntimeError(
+                f"no logits of {missing[0]} (and {len(missing) - 1} more): run the model inside `with RouterRecorder(model)`"
+            )
+        return {name: _drop_padding(logits, mask_BS) for name, logits in self.logits.items()}
+
+    def balance_losses(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """`switch_loss` of every layer, [L] fp32 on the first router's device.
+
+        Raises RuntimeError when gradients are wanted but the recorded logits carry none (reentrant checkpointing).
+        """
+        counted = self.counted(mask_BS)
+        for name, logits in counted.items():
+            if torch.is_grad_enabled() and self.routers[name].weight.requires_grad and not logits.requires_grad:
+                raise RuntimeError(
+                    f"the logits of {name} have no gradient, so the balance loss would do nothing: "
+                    "use gradient checkpointing with use_reentrant=False, and run the forward pass with gradients enabled"
+                )
+        losses = [switch_loss(logits, self.routers[name].top_k) for name, logits in counted.items()]
+        return torch.stack([loss.to(losses[0].device) for loss in losses])
+
+    def balance_loss(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Σ over the layers of `switch_loss`: the paper adds the loss of each sparse block to the total.  A scalar; K·L when balanced."""
+        return self.balance_losses(mask_BS).sum()
+
+    def statistics(self, mask_BS: torch.Tensor | None = None) -> dict[str, RoutingStatistics]:
+        """Router's name -> what it did.  Waits for the device: call it when you log, not in every step."""
+        return {name: routing_statistics(logits, self.routers[name].top_k) for name, logits in self.counted(mask_BS).items()}
+
+
+def _drop_padding(logits: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
+    flat_TE = logits.reshape(-1, logits.shape[-1])
+    if mask_BS is None:
+        return flat_TE
+    if mask_BS.shape != logits.shape[:-1]:
+        raise ValueError(f"the mask has shape {tuple(mask_BS.shape)}, the logits are of {tuple(logits.shape[:-1])} positions")
+    return flat_TE[mask_BS.reshape(-1).to(flat_TE.device).bool()]

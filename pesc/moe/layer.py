@@ -1,0 +1,70 @@
+"""The sparse MLP: a dense MLP of any architecture, widened in place.
+
+T tokens, H hidden, K active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import nn
+
+from pesc.moe.adapters import AdapterBank
+from pesc.moe.config import PescConfig
+from pesc.moe.router import Router, select_experts
+
+
+class SparseMLP(nn.Module):
+    """Mixin before a dense MLP class: `class PescLlamaMLP(SparseMLP, LlamaMLP)`.  Adds `router` and `adapters`, changes no dense weight."""
+
+    router: Router
+    adapters: AdapterBank
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """X [..., H] (the FFN input) -> y + s · Σ_K w · A_e(y) with y = FFN(x), [..., H] in y's dtype (PESC eq. 7-9)."""
+        y_TH = super().forward(x_TH)
+        index_TK, weight_TK = select_experts(self.router(x_TH), self.router.top_k)
+        return y_TH + self.adapters(y_TH, index_TK, weight_TK)
+
+
+@cache
+def sparse_class(dense_class: type[nn.Module]) -> type[nn.Module]:
+    """The sparse form of a dense MLP class, e.g. LlamaMLP -> PescLlamaMLP."""
+    return type(
+        f"Pesc{dense_class.__name__}",
+        (SparseMLP, dense_class),
+        {"__module__": __name__, "__doc__": f"{dense_class.__name__} with adapters."},
+    )
+
+
+def widen_mlp(mlp: nn.Module, config: PescConfig, hidden_size: int, layer: int) -> None:
+    """Turn a built dense MLP into the sparse one, in place: its class becomes the subclass, its weights stay where they are.
+
+    The dense constructors build their own MLPs, so that replacing them would allocate (and initialise) every FFN twice.
+    Router and bank are made in the default dtype and device of the moment, without values; see `reset_parameters`.
+    """
+    if isinstance(mlp, SparseMLP):
+        return
+    name = f"layers.{layer}.mlp"
+    mlp.__class__ = sparse_class(type(mlp))
+    mlp.router = Router(hidden_size, config.num_experts, config.top_k, f"{name}.router", config.seed)
+    mlp.adapters = AdapterBank(
+        hidden_size, config.num_experts, config.adapter_dim, config.scaling, f"{name}.adapters", config.seed, config.dispatch
+    )
+
+
+def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names (within `model`) and parameters of all routers and banks: what PESC trains in full, beside the LoRA."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, Router | AdapterBank):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{prefix}.{name}", parameter
+
+
+def set_dispatch(model: nn.Module, mode: str) -> None:
+    """Pin the way the adapters run (see `pesc.moe.dispatch`) in every layer of a built model."""
+    for module in model.modules():
+        if isinstance(module, AdapterBank):
+            module.dispatch = mode
