@@ -126,7 +126,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _SumAssignments(torch.autograd.Function):
-    """`_sum_assignments`, whose backward is `_gather_tokens`.  (It also makes the gradient contiguous, which grouped_mm insists on.)"""
+    """`_sum_assignments`, whose backward is `_gather_tokens`.  It also makes the gradient contiguous for grouped_mm."""
 
     @staticmethod
     def forward(ctx, rows_NH, order_N, rank_N, top_k):
