@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from pesc.errors import PescError, RecipeError
+from pesc.errors import PescError, RecipeError, disk_sentence
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import load_recipe, recipe_names
 from pesc.settings import store_root
@@ -236,8 +236,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        from pesc.run import disk_sentence
-
         sentence = disk_sentence(error, store_root())
         if sentence is None:
             raise

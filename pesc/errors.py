@@ -6,6 +6,9 @@ Front ends print the message alone; a traceback is shown only for a defect of th
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class PescError(Exception):
     """A failure with a cause the user can act on.  `str(error)` is the whole message."""
@@ -53,3 +56,12 @@ class PreemptedError(StageFailedError):
 
 class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
+
+
+def disk_sentence(error: OSError, root: Path) -> str | None:
+    """A full, read-only or forbidden disk as a sentence; None for anything else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk of {root} is full. Free space (`pesc gc` shows what nothing needs), then run again: finished stages and checkpoints are kept."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename or root} cannot be written ({error.strerror}). Give another store with --store or PESC_STORE, or mend its permissions."
+    return None

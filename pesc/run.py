@@ -11,7 +11,6 @@ Key contracts
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import shutil
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pesc.errors import PescError, RecipeError, StoreError
+from pesc.errors import PescError, RecipeError, StoreError, disk_sentence
 from pesc.pipeline import Node, Stage, build_graph, stage_named
 from pesc.plan import PlannedAction, Selection, key_of, make_plan
 from pesc.recipe import Recipe
@@ -247,15 +246,6 @@ class _full_disk_as_sentence:
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, OSError) and not isinstance(error, PescError) and (sentence := disk_sentence(error, self._store.root)):
             raise StoreError(sentence) from error
-
-
-def disk_sentence(error: OSError, root: Path) -> str | None:
-    """A full, read-only or forbidden disk as a sentence; None for anything else."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk of {root} is full. Free space (`pesc gc` shows what nothing needs), then run again: finished stages and checkpoints are kept."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.filename or root} cannot be written ({error.strerror}). Give another store with --store or PESC_STORE, or mend its permissions."
-    return None
 
 
 def adopt(store: Store, job: Job, donor: Manifest, reason: str) -> Manifest:

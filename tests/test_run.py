@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pesc.errors import DataError, RecipeError, StoreError
+from pesc.errors import DataError, RecipeError, StoreError, disk_sentence
 from pesc.plan import Selection, make_plan
-from pesc.run import adopt, disk_sentence, make_job, run_recipe
+from pesc.run import adopt, make_job, run_recipe
 from pesc.store.maintenance import fsck
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pesc import errors
-from pesc.errors import PescError, PreemptedError, StageFailedError
+from pesc.errors import PescError, PreemptedError, StageFailedError, StoreError, disk_sentence
 from pesc.launch import supervise
 from pesc.launch.events import LogEmitter, ProgressEmitter, relay
 from pesc.pipeline import Stage
@@ -144,6 +144,14 @@ def main(job_path: Path) -> int:
     except PescError as error:
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
         write_json(result_path, {"error": error_record(error)})
+        return _FAILED_BY_ERROR
+    except OSError as error:
+        sentence = disk_sentence(error, ctx.work)
+        if sentence is None:
+            raise
+        with contextlib.suppress(OSError):  # a disk without room for this line says so by the exit code and the log
+            write_json(result_path, {"error": error_record(StoreError(sentence))})
+        print(sentence, file=sys.stderr)
         return _FAILED_BY_ERROR
     write_json(result_path, {"metrics": result.metrics, "provenance": result.provenance})
     return 0
