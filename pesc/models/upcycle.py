@@ -1,0 +1,176 @@
+"""The `upcycle` stage: a dense model directory becomes a sparse one without touching a dense weight.
+
+    python -m pesc.models.upcycle DENSE_DIR SPARSE_DIR
+
+The dense shards are hard links, `bank.safetensors` holds every router and bank, the index names both, config.json becomes the sparse
+model's.  The `up` projections are zero, so that the sparse model is the dense model exactly.  One bank tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pesc.errors import ModelError
+from pesc.models.config import UpcycleConfig
+from pesc.models.tensor_files import (
+    SINGLE_NAME,
+    TensorDirectory,
+    TensorSpec,
+    dtype_code,
+    link_companions,
+    link_file,
+    write_index,
+    write_tensors,
+)
+from pesc.stage import BuildResult, StageContext
+
+logger = logging.getLogger(__name__)
+
+BANK_NAME = "bank.safetensors"
+DENSE_NAME = "model-00001-of-00001.safetensors"
+"""Name of a single dense shard in the sparse directory: transformers would read `model.safetensors` alone and never see the bank."""
+
+
+def build(ctx: StageContext) -> BuildResult:
+    """Build the sparse directory of `ctx.inputs["model"]` in `ctx.out`."""
+    metrics = upcycle_directory(ctx.inputs["model"], ctx.out, ctx.config, progress=ctx.progress)
+    return BuildResult(metrics=metrics)
+
+
+def upcycle_directory(model_dir: Path, out_dir: Path, config: UpcycleConfig, progress=lambda *_args, **_kwargs: None) -> dict[str, Any]:
+    """Write the sparse form of the dense model in `model_dir` to the empty `out_dir`; returns parameter counts.
+
+    Raises ModelError for a model that is sparse or quantised already, of an unknown architecture, or whose files are not complete.
+    """
+    dense = TensorDirectory(model_dir)
+    fields = sparse_config_fields(model_dir, config)
+    bank = bank_specs(fields["num_hidden_layers"], fields["hidden_size"], config)
+    check_complete(fields, {**dense.specs, **bank}, model_dir)
+
+    files = {}
+    for file in sorted(set(dense.files.values())):
+        target = DENSE_NAME if file == SINGLE_NAME else file
+        link_file(model_dir / file, out_dir / target)
+        files |= {name: target for name, source in dense.files.items() if source == file}
+    _write_bank(out_dir / BANK_NAME, bank, config, progress)
+    files |= dict.fromkeys(bank, BANK_NAME)
+    write_index(out_dir, files, sum(spec.num_bytes for spec in (*dense.specs.values(), *bank.values())))
+    write_config(out_dir, fields)
+    link_companions(model_dir, out_dir)
+    return count_parameters(dense.specs, bank, config)
+
+
+def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, Any]:
+    """The sparse config.json: the dense one field by field, another model_type, and the `pesc` block."""
+    from pesc.models.factory import architecture, is_sparse
+    from pesc.moe.config import PescConfig
+
+    fields = read_config(model_dir)
+    if is_sparse(fields):
+        raise ModelError(f"{model_dir} is a sparse model already ({fields['model_type']}): upcycle its dense base instead.")
+    if fields.get("quantization_config"):
+        raise ModelError(
+            f"{model_dir} is quantised ({fields['quantization_config'].get('quant_method')}): upcycle the unquantised model instead."
+        )
+    classes = architecture(fields.get("model_type", ""))
+    block = PescConfig(config.num_experts, config.top_k, config.adapter_dim, config.scaling, config.seed)
+    for name in ("_name_or_path", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    return fields | {"model_type": classes.model_type, "architectures": [classes.causal_lm.__name__], "pesc": block.to_dict()}
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a model directory.  Raises ModelError when there is none or it is not JSON."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{model_dir} has no config.json: give the directory of a Hugging Face model.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not JSON ({error}): download the model again.") from error
+
+
+def write_config(out_dir: Path, fields: dict[str, Any]) -> None:
+    """Write config.json, sorted, so that equal settings are equal bytes."""
+    (out_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def bank_specs(num_layers: int, hidden_size: int, config: UpcycleConfig) -> dict[str, TensorSpec]:
+    """Name -> spec of every tensor that the sparse model has and the dense one lacks, in layer order."""
+    dtype = dtype_code(config.dtype)
+    experts, width = config.num_experts, config.adapter_dim
+    shapes = {
+        "adapters.down": (experts, width, hidden_size),
+        "adapters.up": (experts, width, hidden_size),
+        "router.weight": (experts, hidden_size),
+    }
+    return {f"model.layers.{layer}.mlp.{part}": TensorSpec(dtype, shape) for layer in range(num_layers) for part, shape in shapes.items()}
+
+
+def _write_bank(path: Path, specs: dict[str, TensorSpec], config: UpcycleConfig, progress) -> None:
+    import torch
+
+    from pesc.moe.initial import draw_initial
+
+    dtype, done = getattr(torch, config.dtype), iter(range(1, len(specs) + 1))
+
+    def make(name: str) -> torch.Tensor:
+        tensor = draw_initial(name.removeprefix("model."), specs[name].shape, config.seed).to(dtype)
+        progress(next(done), len(specs), unit="tensors", message=name)
+        return tensor
+
+    write_tensors(path, specs, make)
+
+
+def expected_specs(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape and whether it may be absent (tied to another) of every parameter that a model of this config has; allocates nothing."""
+    import torch
+
+    from pesc.models.factory import architecture, is_sparse
+
+    classes = architecture(fields["model_type"])
+    config_class, causal_lm = (classes.config, classes.causal_lm) if is_sparse(fields) else (classes.dense_config, classes.dense_causal_lm)
+    with torch.device("meta"):
+        model = causal_lm(config_class.from_dict(fields))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, tuple(parameter.shape), name in model.all_tied_weights_keys
+
+
+def check_complete(fields: dict[str, Any], specs: dict[str, TensorSpec], where: Path) -> None:
+    """Every parameter of the architecture has a tensor of its shape.  Raises ModelError naming the first that has not."""
+    for name, shape, optional in expected_specs(fields):
+        if name not in specs:
+            if optional:
+                continue
+            raise ModelError(f"{where} lacks the tensor {name}, which a {fields['model_type']} of this config.json must have.")
+        if specs[name].shape != shape:
+            raise ModelError(f"{where} has {name} as {list(specs[name].shape)}, but config.json says {list(shape)}.")
+
+
+def count_parameters(dense: dict[str, TensorSpec], bank: dict[str, TensorSpec], config: UpcycleConfig) -> dict[str, Any]:
+    """Parameters of the dense model, added ones, all, and those that one token uses."""
+    added = sum(spec.num_elements for spec in bank.values())
+    idle = sum(spec.num_elements for name, spec in bank.items() if ".adapters." in name)
+    idle -= idle * config.top_k // config.num_experts
+    base = sum(spec.num_elements for spec in dense.values())
+    return {"dense_parameters": base, "added_parameters": added, "total_parameters": base + added, "active_parameters": base + added - idle}
+
+
+def main() -> None:
+    """Command line of this module: convert one directory with the default settings."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("sparse", type=Path)
+    arguments = parser.parse_args()
+    arguments.sparse.mkdir(parents=True)
+    for name, value in upcycle_directory(arguments.dense, arguments.sparse, UpcycleConfig()).items():
+        print(f"{name:20} {value:,}")
+
+
+if __name__ == "__main__":
+    main()
