@@ -1,0 +1,276 @@
+"""`evaluate[ARM/BENCHMARK]`: one lm-eval task of one model.
+
+    inputs   model (a Hugging Face directory, sparse or dense), data (optional: the files of the task's items)
+    out      results.json (pesc.evaluate.results.BenchmarkResult), samples.jsonl (one item a line)
+    work     journal of finished answers, so that an interrupted evaluation goes on where it was
+
+lm-eval builds the prompts, scores and aggregates; this module chooses the items, sets the seeds, and turns what lm-eval returns into
+a typed result without times, hosts or paths.
+
+Pitfalls: lm-eval's `simple_evaluate` collects the machine's description on each call (some seconds), hence `evaluate`; it applies
+`limit` to each subtask of a group; log-likelihoods in bf16 differ in their last digits between machines and batch sizes, hence
+rounded to four decimals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pesc.errors import EvaluationError
+from pesc.evaluate.config import BenchmarkConfig
+from pesc.evaluate.results import BenchmarkResult, Measurement, ModelFacts, Sample, TaskResult, write_results
+from pesc.evaluate.task_index import OWN_TASKS, load_tasks
+from pesc.stage import BuildResult, StageContext
+
+if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
+
+    from pesc.evaluate.language_model import JournaledLM
+
+logger = logging.getLogger(__name__)
+BOOTSTRAP_ITERATIONS = 1000
+"""Resamples for the standard error of metrics that have no closed form."""
+
+
+def build(ctx: StageContext) -> BuildResult:
+    """Run the benchmark and write results.json and samples.jsonl.  Raises EvaluationError."""
+    config: BenchmarkConfig = ctx.config
+    started = time.perf_counter()
+    generated = ctx.work / "tasks"
+    shutil.rmtree(generated, ignore_errors=True)
+    with offline(config.source is not None):
+        loaded = load_tasks(config, ctx.inputs.get("data"), generated)
+        apply_settings(config, loaded)
+        _require_sandbox(loaded)
+        model = _load_model(ctx)
+        if config.apply_chat_template and not model.tokenizer.chat_template:
+            raise EvaluationError("apply_chat_template is on, but the model's tokenizer has no chat template; turn it off or add chat_template.jinja to the model.")
+        loading = time.perf_counter() - started
+        raw = _evaluate(config, model, loaded)
+    result, samples = summarise(config, loaded, raw, describe_model(model), _template_digest(config, model))
+    write_results(ctx.out, result, samples)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %s %.4f over %d items in %.1f s", ctx.address, result.metric, result.value, result.num_items, seconds)
+    metrics = {
+        "value": result.value, "stderr": result.stderr, "items": result.num_items, "seconds": round(seconds, 2), "loading_seconds": round(loading, 2),
+        "items_per_second": round(result.num_items / max(seconds - loading, 1e-9), 3), "device": str(model.device), "batch_size": int(model.batch_size),
+    }  # fmt: skip
+    return BuildResult(metrics=metrics, provenance={"lm_eval": result.lm_eval_version, "task_hash": result.task_hash})
+
+
+@contextlib.contextmanager
+def offline(active: bool) -> Iterator[None]:
+    """While active, nothing contacts the hub, also when its client was imported before."""
+    if not active:
+        yield
+        return
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    loaded = [module for name in ("huggingface_hub.constants", "datasets.config") if (module := sys.modules.get(name))]
+    flags = [(module, module.HF_HUB_OFFLINE) for module in loaded if hasattr(module, "HF_HUB_OFFLINE")]
+    for module, _ in flags:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        for module, value in flags:
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+def apply_settings(config: BenchmarkConfig, loaded: TaskDict) -> None:
+    """Few-shot count, seed of the examples, and longest generation, as `simple_evaluate` applies them."""
+    for task in loaded["tasks"].values():
+        fixed = task.get_config("num_fewshot")
+        if config.num_fewshot is not None and fixed != 0:
+            task.set_config(key="num_fewshot", value=config.num_fewshot)
+        elif fixed is None:
+            task.set_config(key="num_fewshot", value=0)
+        if config.max_gen_toks is not None and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value={"max_gen_toks": config.max_gen_toks}, update=True)
+        task.set_fewshot_seed(seed=config.seed)
+
+
+def _require_sandbox(loaded: TaskDict) -> None:
+    """Code tasks fail before the model is loaded, not after an hour of generation."""
+    if any(task.get_config("unsafe_code") for task in loaded["tasks"].values()):
+        from pesc.evaluate.sandbox import require_isolation
+
+        require_isolation()
+
+
+def _load_model(ctx: StageContext) -> JournaledLM:
+    from pesc.evaluate.language_model import choose_device, load_language_model
+    from pesc.models import register
+
+    register()
+    names = {"loglikelihood": "scored", "generate_until": "generated"}
+
+    def report(done: int, total: int, kind: str) -> None:
+        ctx.progress(done, total, unit="requests", message=f"{ctx.config.task}: {names[kind]}")
+
+    ctx.work.mkdir(parents=True, exist_ok=True)
+    return load_language_model(
+        ctx.inputs["model"], device=choose_device(ctx.execution.device), dtype=ctx.config.dtype, batch_size=ctx.execution.evaluate_batch_size,
+        journal=ctx.work / "answers.jsonl", on_progress=report,
+    )  # fmt: skip
+
+
+def _evaluate(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> Mapping[str, Any]:
+    import numpy as np
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import set_torch_seed
+
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    set_torch_seed(config.seed)
+    try:
+        raw = evaluate(
+            model, loaded, limit=config.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True, apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.apply_chat_template, confirm_run_unsafe_code=set(loaded["tasks"]) <= OWN_TASKS,
+        )  # fmt: skip
+    except AssertionError as error:  # lm-eval states its limits with assert: prompts that leave no room, too many examples
+        raise EvaluationError(f"lm-eval cannot run {config.task} with these settings: {str(error).strip() or 'an assertion failed'}") from error
+    assert raw is not None, "lm-eval returns nothing only on ranks other than 0"
+    return raw
+
+
+def describe_model(model: JournaledLM) -> ModelFacts:
+    """Facts of the model's configuration."""
+    settings = model.config.to_dict()
+    text = settings.get("text_config") or settings
+    block = settings.get("pesc")
+    return ModelFacts(
+        kind="pesc" if block else "dense", model_type=str(settings.get("model_type")), parameters=model.model.num_parameters(),
+        hidden_size=text.get("hidden_size"), num_layers=text.get("num_hidden_layers"), pesc=block,
+    )  # fmt: skip
+
+
+def _template_digest(config: BenchmarkConfig, model: JournaledLM) -> str | None:
+    template = model.tokenizer.chat_template
+    return hashlib.sha256(str(template).encode()).hexdigest() if config.apply_chat_template else None
+
+
+def summarise(
+    config: BenchmarkConfig, loaded: TaskDict, raw: Mapping[str, Any], model: ModelFacts, template: str | None
+) -> tuple[BenchmarkResult, list[Sample]]:
+    """lm-eval's answer as a typed result and samples.  Raises EvaluationError when the configured metric is not among it."""
+    tasks = tuple(_task_result(name, raw) for name in sorted(loaded["tasks"]))
+    measurements = _measurements(raw["results"].get(config.task), raw["higher_is_better"].get(config.task)) or _pool(tasks)
+    chosen = _choose(config, measurements)
+    samples = [
+        _sample(name, loaded["tasks"][name], entry, chosen)
+        for name in sorted(loaded["tasks"])
+        for entry in raw["samples"][name]
+        if entry["filter"] == chosen.filter
+    ]
+    digest = tasks[0].task_hash if len(tasks) == 1 else hashlib.sha256("".join(task.task_hash for task in tasks).encode()).hexdigest()
+    binary = all(sample.correct is not None for sample in samples)
+    kwargs = next((task.get_config("generation_kwargs") for task in loaded["tasks"].values() if task.OUTPUT_TYPE == "generate_until"), None)
+    result = BenchmarkResult(
+        task=config.task, task_version=str(raw["versions"].get(config.task, tasks[0].version)), metric=chosen.metric, filter=chosen.filter,
+        value=chosen.value, stderr=chosen.stderr, higher_is_better=chosen.higher_is_better, num_items=sum(task.num_items for task in tasks),
+        num_available=sum(task.num_available for task in tasks), num_correct=sum(sample.correct or 0 for sample in samples) if binary else None,
+        num_fewshot=max(task.num_fewshot for task in tasks), limit=config.limit, task_hash=digest, chat_template_sha256=template,
+        generation=kwargs, measurements=measurements, tasks=tasks, model=model, settings=config,
+        lm_eval_version=importlib.metadata.version("lm_eval"),
+    )  # fmt: skip
+    return result, samples
+
+
+def _task_result(name: str, raw: Mapping[str, Any]) -> TaskResult:
+    entries = raw["samples"][name]
+    chained = "".join(entry["doc_hash"] + entry["prompt_hash"] + entry["target_hash"] for entry in entries)
+    counts = raw["n-samples"][name]
+    return TaskResult(
+        task=name, version=str(raw["versions"].get(name)), task_hash=hashlib.sha256(chained.encode()).hexdigest(), num_items=counts["effective"],
+        num_available=counts["original"], num_fewshot=raw["n-shot"][name], output_type=raw["configs"][name]["output_type"],
+        measurements=_measurements(raw["results"][name], raw["higher_is_better"][name]),
+    )  # fmt: skip
+
+
+def _measurements(values: Mapping[str, Any] | None, directions: Mapping[str, Any] | None) -> tuple[Measurement, ...]:
+    """lm-eval's {"acc,none": v, "acc_stderr,none": s} as records, in its order."""
+    found = []
+    for key, value in (values or {}).items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = (values or {}).get(f"{metric}_stderr,{filter_name}")
+        better = (directions or {}).get(metric)
+        found.append(
+            Measurement(
+                metric=metric, filter=filter_name, value=float(value), stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                higher_is_better=better is not False,
+            )  # fmt: skip
+        )
+    return tuple(found)
+
+
+def _pool(tasks: Sequence[TaskResult]) -> tuple[Measurement, ...]:
+    """Measurements of a tag (lm-eval does not aggregate those): the mean over items."""
+    pooled = []
+    for first in tasks[0].measurements:
+        same = [(t.num_items, m) for t in tasks for m in t.measurements if (m.metric, m.filter) == (first.metric, first.filter)]
+        if len(same) < len(tasks):
+            continue
+        total = sum(count for count, _ in same)
+        value = sum(count * m.value for count, m in same) / total
+        errors = [(count, m.stderr) for count, m in same if m.stderr is not None]
+        stderr = sum((count * error / total) ** 2 for count, error in errors) ** 0.5 if len(errors) == len(same) else None
+        pooled.append(first.model_copy(update={"value": value, "stderr": stderr}))
+    return tuple(pooled)
+
+
+def _choose(config: BenchmarkConfig, measurements: Sequence[Measurement]) -> Measurement:
+    named = [m for m in measurements if m.metric == config.metric]
+    found = [m for m in named if config.filter in (None, m.filter)]
+    if len(found) == 1:
+        return found[0]
+    if not named:
+        there = ", ".join(dict.fromkeys(m.metric for m in measurements)) or "none"
+        raise EvaluationError(f"Task {config.task} does not measure {config.metric!r}; set evaluate.benchmarks.*.metric to one of: {there}.")
+    filters = ", ".join(m.filter for m in named)
+    raise EvaluationError(f"Metric {config.metric} of task {config.task} comes with the filters {filters}; set evaluate.benchmarks.*.filter to one of them.")
+
+
+def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement) -> Sample:
+    question = task.doc_to_text(entry["doc"])
+    choices = task.doc_to_choice(entry["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else ()
+    value = entry.get(chosen.metric)
+    score = float(value) if isinstance(value, bool | int | float) else None
+    if hasattr(value, "item"):  # a numpy scalar
+        score = float(value.item())
+    generated = task.OUTPUT_TYPE == "generate_until"
+    return Sample(
+        task=name, doc_id=entry["doc_id"], doc_hash=entry["doc_hash"], prompt_hash=entry["prompt_hash"], target_hash=entry["target_hash"],
+        question=question if isinstance(question, str) else "", choices=tuple(map(str, choices)), target=_plain(entry["target"]),
+        responses=tuple(_response(answer) for answers in entry["resps"] for answer in answers),
+        outcome=_plain(entry["filtered_resps"]) if generated else None, score=score, correct={0.0: 0, 1.0: 1}.get(score) if score is not None else None,
+    )  # fmt: skip
+
+
+def _response(answer: Any) -> Any:
+    """A generated text, or a log-likelihood rounded to what is the same on each run."""
+    if isinstance(answer, list | tuple) and answer and isinstance(answer[0], float):
+        return [round(answer[0], 4), bool(answer[1])]
+    return _plain(answer)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON holds it."""
+    return json.loads(json.dumps(value, default=str, ensure_ascii=False))
