@@ -9,8 +9,17 @@ from pydantic import Field, model_validator
 from pesc.stage import StageConfig
 
 Format = Literal[
-    "auto", "sharegpt", "messages", "alpaca", "query_response", "problem_solution", "instruction_response",
-    "multiple_choice", "question_answer", "pesc", "python_functions",
+    "auto",
+    "sharegpt",
+    "messages",
+    "alpaca",
+    "query_response",
+    "problem_solution",
+    "instruction_response",
+    "multiple_choice",
+    "question_answer",
+    "pesc",
+    "python_functions",
 ]
 
 
@@ -63,7 +72,9 @@ class DedupConfig(StageConfig):
     near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard of word n-grams from which two rows are duplicates.")
     ngram_words: int = Field(5, ge=1, description="Words in one shingle.")
     num_permutations: int = Field(128, ge=16, description="MinHash permutations.")
-    max_duplicate_share: float = Field(0.5, ge=0, le=1, description="A data set that loses more than this to near-duplicates fails the stage.")
+    max_duplicate_share: float = Field(
+        0.5, ge=0, le=1, description="A data set that loses more than this to near-duplicates fails the stage."
+    )
     benchmarks: dict[str, BenchmarkTextConfig] = Field(default_factory=dict, description="Benchmarks that training rows must not contain.")
     contamination_ngram: int = Field(8, ge=1, description="Words in one n-gram of the overlap test.")
     contamination_coverage: float = Field(0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed.")
@@ -74,7 +85,9 @@ class MixConfig(StageConfig):
 
     total: int = Field(gt=0, description="Instructions in the mixture.")
     weights: dict[str, float] = Field(min_length=1, description="Relative share of each domain, e.g. general: 3, code: 1, math: 1.")
-    dataset_weights: dict[str, float] = Field(default_factory=dict, description="Relative share of data sets within their domain. Default: by size.")
+    dataset_weights: dict[str, float] = Field(
+        default_factory=dict, description="Relative share of data sets within their domain. Default: by size."
+    )
     shortfall: Literal["redistribute", "keep", "fail"] = Field(
         "redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."
     )
@@ -98,3 +111,4 @@ class TokenizeConfig(StageConfig):
     overlong: Literal["drop", "truncate"] = Field(
         "truncate", description="Rows over context_length: cut at the end (dropped if no answer token is left), or drop."
     )
+    heldout_prompts: int = Field(8, ge=1, description="Rows kept out of the blocks; their prompts are what later proofs run on.")

@@ -1,0 +1,28 @@
+"""From source references to packed training blocks: `download`, `dedup`, `mix`, `tokenize`.
+
+Map
+    sources.py        what a reference means; globs; the digest of local files           download.py    fetch and pin one source
+    gguf.py           a packaged GGUF model -> a Hugging Face directory (child process)
+    conversation.py   one conversation schema, from rows of any known format             rows.py        rows out of files
+    functions.py      documented Python functions as code instructions                   text.py        words, and what they are keyed by
+    filters.py        rows thrown out for what they are                                  exact_dedup.py equal conversations
+    minhash.py        near-duplicates, each verified with the true Jaccard               decontaminate.py  benchmark questions in training rows
+    dedup.py          chains the six above, writes rows and the removal ledger
+    mixture.py        quotas by domain, drawn with a seed
+    chat.py           chat template -> text with the spans that carry loss               packing.py     best-fit-decreasing bins
+    tokenization.py   text -> packed blocks
+
+Promises
+- Every row that is read is either kept or in the ledger with its reason; this is checked on each run, not hoped for.
+- The result does not depend on the order of rows or files, the number of workers, or the machine.
+- Nothing is padded with copies, and a shortfall is reported.
+- Loss is on every assistant turn and on the token that ends it, also when the tokenizer's pad token is its end token.
+
+Never: imports torch (only `gguf.py` and the tokenizer loader of `tokenization.py` do, each in a process of its own); names a
+download host; silently drops a multi-turn row.
+
+Pitfalls
+- Globs follow `fnmatch`, as on the hub: `*` crosses `/`.  `**/` also matches nothing, so `**/*.parquet` finds files at the top.
+- A conversation that is equal to another of the same data set has the same id: the ledger tells them apart by file and row.
+- Decontamination runs after near-duplicate removal on purpose: a near-duplicate of a contaminated row must not survive it.
+"""

@@ -1,0 +1,169 @@
+"""A conversation as text, with the stretches that carry loss.
+
+A chat template is rendered once for each sequence of roles with a marker in place of each content.  What lies between the markers
+is the template's own text, so every position is known without searching, whatever the template inserts (a default system prompt,
+thinking tags).  Each row is checked: markers replaced by contents must equal what the template renders from the row itself.
+
+Loss is on every assistant turn, from the end of the generation prompt to the turn's end token.  A template that ends turns without
+a special token gets the tokenizer's end token after its last turn.  Nothing here looks at the pad token: it may be the end token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from pesc.errors import DataError
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PESC = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}### System:\n{{ message['content'] }}\n"
+    "{% elif message['role'] == 'assistant' %}### Assistant:\n{{ message['content'] }}{{ eos_token }}{% if not loop.last %}\n{% endif %}"
+    "{% elif message['role'] == 'tool' %}### Tool:\n{{ message['content'] }}\n"
+    "{% else %}### Human:\n{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+"""The reference code's form, extended from one turn to many."""
+TEMPLATES = {"chatml": CHATML, "pesc": PESC}
+
+
+class TemplateRefusal(ValueError):
+    """The template does not take this row: an order of roles, or a content that it rewrites."""
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a text."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A whole row: its text, the spans with loss, whether the end token must be added, and where the last answer begins."""
+
+    text: str
+    spans: tuple[Span, ...]
+    append_end: bool
+    prompt_end: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the template writes around the contents of one sequence of roles: one piece more than there are contents.
+
+    `own_words`: for each turn, how many characters before its content the model must say itself (0 but for odd templates).
+    """
+
+    pieces: tuple[str, ...]
+    own_words: tuple[int, ...]
+
+
+class ChatRenderer:
+    """Renders conversations with one tokenizer's template, or with one of this package's.
+
+    Raises DataError when the tokenizer has no template, or no end token.
+    """
+
+    def __init__(self, tokenizer: Any, template: Literal["model", "chatml", "pesc"]) -> None:
+        self.tokenizer = tokenizer
+        self.template = TEMPLATES.get(template)
+        if template == "model" and not tokenizer.chat_template:
+            raise DataError("The model's tokenizer has no chat template. Set tokenize.chat_template to chatml or pesc.")
+        if tokenizer.eos_token is None:
+            raise DataError(
+                "The model's tokenizer has no end token (eos_token), so no answer could be ended. Add one to its configuration."
+            )
+        specials = {str(tokenizer.eos_token), *map(str, tokenizer.all_special_tokens), *_added_specials(tokenizer)}
+        any_special = "|".join(re.escape(token) for token in sorted(specials, key=lambda token: (-len(token), token)))
+        self._special = re.compile(any_special)
+        self._end = re.compile(rf"{any_special}|\s+{re.escape(str(tokenizer.eos_token))}")
+        self._shapes: dict[tuple[str, ...], _Shape] = {}
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system turn.  If not, its text is put before the user's."""
+        try:
+            self._shape(("system", "user", "assistant"))
+        except TemplateRefusal:
+            return False
+        return True
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> Rendered:
+        """A whole row.  Raises TemplateRefusal."""
+        messages = self.fold_system(messages)
+        if held := next(filter(None, (self._special.search(content) for _, content in messages)), None):
+            raise TemplateRefusal(f"a turn holds the special token {held[0]!r} as text")
+        shape = self._shape(tuple(role for role, _ in messages))
+        text, places = shape.pieces[0], []
+        for (_, content), piece in zip(messages, shape.pieces[1:], strict=True):
+            places.append(len(text))
+            text += content + piece
+        if text != self._apply(messages):
+            raise TemplateRefusal("the template rewrites the content of a turn")
+        spans = []
+        append_end = False
+        for index, (role, content) in enumerate(messages):
+            if role != "assistant":
+                continue
+            start = places[index] - shape.own_words[index]
+            content_end = places[index] + len(content)
+            ending = self._end.match(text, content_end, content_end + len(shape.pieces[index + 1]))
+            spans.append(Span(start, ending.end() if ending else content_end))
+            append_end = ending is None and index == len(messages) - 1
+        if append_end:
+            text = text[: spans[-1].end]
+        return Rendered(text, tuple(spans), append_end, spans[-1].start)
+
+    def fold_system(self, messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The messages; for a template without a system turn, with the system's text before the first user turn."""
+        if messages[0][0] != "system" or self.takes_system:
+            return list(messages)
+        (_, system), (role, content), *rest = messages
+        return [(role, f"{system}\n\n{content}"), *rest]
+
+    def _shape(self, roles: tuple[str, ...]) -> _Shape:
+        if roles not in self._shapes:
+            marks = [f"\u27e6{index}\u27e7" for index in range(len(roles))]
+            messages = list(zip(roles, marks, strict=True))
+            text = self._apply(messages)
+            pieces = []
+            for mark in marks:
+                if text.count(mark) != 1:
+                    raise TemplateRefusal(f"the template does not render the turns {', '.join(roles)} once each")
+                before, _, text = text.partition(mark)
+                pieces.append(before)
+            pieces.append(text)
+            own = (self._own_words(messages[:index], pieces[index]) if role == "assistant" else 0 for index, role in enumerate(roles))
+            self._shapes[roles] = _Shape(tuple(pieces), tuple(own))
+        return self._shapes[roles]
+
+    def _own_words(self, before: Sequence[tuple[str, str]], piece: str) -> int:
+        """Characters at the end of `piece` that the generation prompt after the turns `before` does not hold."""
+        if not before:
+            return 0
+        prompt = self._apply(before, add_generation_prompt=True).rpartition(before[-1][1])[2]
+        return len(piece) - len(prompt) if piece.startswith(prompt) else 0
+
+    def _apply(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+        from jinja2.exceptions import TemplateError
+
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self.template
+            )
+        except TemplateError as error:
+            raise TemplateRefusal(f"the template says: {error}") from None
+
+
+def _added_specials(tokenizer: Any) -> set[str]:
+    """Added tokens marked special that no role names (<|eot_id|>, <|im_end|> of some models)."""
+    return {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(token, "special", False)}
