@@ -22,6 +22,10 @@ class SourceError(PescError):
     """A source that cannot be fetched, or whose bytes are not the expected ones."""
 
 
+class TransientSourceError(SourceError):
+    """A source that may answer in a minute: no connection, too many requests, an error of the server.  Worth another try."""
+
+
 class DataError(PescError):
     """Rows that cannot be used: wrong shape, wrong type, too many of them broken."""
 
