@@ -68,6 +68,8 @@ def _source(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> s
     docstring, first = node.body[0], min([node.lineno, *(item.lineno for item in node.decorator_list)])
     head = lines[first - 1 : docstring.lineno - 1]
     tail = lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
+    while tail and not tail[0].strip():
+        tail = tail[1:]
     shares_a_line = docstring.lineno == node.lineno or node.body[1].lineno <= (docstring.end_lineno or 0)
     kept = lines[first - 1 : node.end_lineno] if shares_a_line else [*head, *tail]
     return inspect.cleandoc("\n" + "\n".join(kept)).strip("\n")
