@@ -1,0 +1,70 @@
+"""Run the actions of a recipe as tasks of the flow that calls this."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import get_run_logger
+from prefect.runtime import flow_run
+
+from pesc.pipeline import build_graph
+from pesc.plan import Plan, Selection, make_plan
+from pesc.recipe import Recipe
+from pesc.run import Job, Outcome, resolve
+from pesc.settings import store_root
+from pesc.store import Store
+from tasks.execution import library_records, run_job
+from tasks.reporting import publish_plan, publish_report, publish_summary, seconds_text
+from tasks.table import TASKS
+
+
+def open_store(path: str | None) -> Store:
+    """The store of a flow run: the parameter, else PESC_STORE, else ./store; absolute, as workers need it."""
+    return Store(Path(path) if path else store_root())
+
+
+def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, Outcome]:
+    """Run what the selection allows; returns the outcome by address.  Raises the PescError of the action that failed.
+
+    Which actions were used is recorded in the store also when a later one fails.
+    """
+    outcomes: dict[str, Outcome] = {}
+    with library_records():
+        plan = make_plan(recipe, store, selection)
+        publish_plan(plan, build_graph(recipe))
+        try:
+            _run_actions(plan, store, selection, outcomes)
+        finally:
+            _record(recipe, store, outcomes)
+        publish_summary(recipe.name, outcomes)
+        if "report" in outcomes:
+            publish_report(store, recipe.name, outcomes)
+    return outcomes
+
+
+def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome]) -> None:
+    log = get_run_logger()
+    log.info("%s in %s: %s.", plan.recipe.name, store.root, ", ".join(f"{n} {status}" for status, n in plan.counts.items() if n))
+    for step in resolve(plan.recipe, store, selection, hits_as_jobs=True):
+        assert step.job is not None  # hits_as_jobs
+        job = _once_a_run(store, step.job)
+        outcome = step.finish(run_job(TASKS[step.node.stage.name], job, store))
+        outcomes[outcome.address] = outcome
+        if outcome.how == "built":
+            log.info("%s built in %s (%s)", outcome.address, seconds_text(outcome.seconds), step.reason)
+        else:
+            log.info("%s cached", outcome.address)
+
+
+def _once_a_run(store: Store, job: Job) -> Job:
+    """A refresh that this flow run has done already is not done again: Prefect's Retry starts the whole flow under the same id."""
+    manifest = store.find(job.key.stage, job.fingerprint) if job.refresh else None
+    done = manifest is not None and manifest.prefect_run is not None and manifest.prefect_run == flow_run.get_id()
+    return job.model_copy(update={"refresh": False}) if done else job
+
+
+def _record(recipe: Recipe, store: Store, outcomes: dict[str, Outcome]) -> None:
+    if outcomes:
+        name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        store.record_run(recipe.name, name, {address: outcome.ref.fingerprint for address, outcome in outcomes.items()})

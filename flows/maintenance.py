@@ -1,0 +1,76 @@
+"""Care of the store: find what nothing needs, check what is there.  Both report; they change something only when asked.
+
+prefect deployment run gc/cpu --param 'keep_recipes=["demo"]'
+prefect deployment run fsck/cpu --param repair=true
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, get_run_logger
+
+from flows.chain import open_store
+from flows.hooks import HOOKS
+from pesc.errors import StoreError
+from pesc.plan import make_plan
+from pesc.recipe import load_recipe
+from pesc.store import maintenance
+from tasks.execution import library_records
+from tasks.reporting import publish_note
+
+
+@flow(name="gc", persist_result=False, **HOOKS)
+def gc(
+    keep_recipes: list[str] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
+) -> maintenance.GcReport:
+    """Find results that nothing needs. A dry run unless `delete` is given.
+
+    Args:
+        keep_recipes: Keep what the plans of these recipes hit.
+        keep_days: Keep what was made or used in the last N days.
+        delete: Remove it. Without it, only say what would go.
+        store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
+    """
+    place = open_store(store)
+    with library_records():
+        plans = [make_plan(load_recipe(name), place) for name in keep_recipes or ()]
+        keep = [(a.node.stage.name, a.fingerprint) for plan in plans for a in plan if a.status == "HIT" and a.fingerprint]
+        report = maintenance.gc(place, keep, keep_days, delete)
+        lines = [str(path.relative_to(place.root)) for path in (*report.actions, *report.objects, *report.workspaces)]
+        verb = "Freed" if delete else "Would free"
+        summary = f"{verb} {report.freed_bytes / 1e6:.1f} MB in {len(lines)} places; {report.kept_actions} actions kept"
+        get_run_logger().info("%s.", summary)
+        publish_note("store-gc", summary, lines)
+    return report
+
+
+@flow(name="fsck", persist_result=False, **HOOKS)
+def fsck(repair: bool = False, store: str | None = None) -> maintenance.FsckReport:
+    """Check every object's bytes against its name, and every action against its object. A damaged store fails the run.
+
+    Args:
+        repair: Set damaged things aside, so that they are built again.
+        store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
+    """
+    place = open_store(store)
+    with library_records():
+        report = maintenance.fsck(place, repair)
+        _publish(report)
+    if not report.is_clean and not repair:
+        raise StoreError(
+            f"The store {place.root} is damaged in {len(report.problems)} places: {report.problems[0]} "
+            "Run fsck with repair=true: it sets the damaged parts aside, and the next run builds them again."
+        )
+    return report
+
+
+def _publish(report: Any) -> None:
+    log = get_run_logger()
+    for problem in report.problems:
+        log.error("damaged: %s", problem)
+    state = "clean" if report.is_clean else f"{len(report.problems)} problems"
+    summary = f"{report.num_actions} actions, {report.num_objects} objects: {state}"
+    log.info("%s.", summary)
+    unfinished = [f"unfinished: {path}" for path in report.leftovers]
+    publish_note("store-fsck", summary, [*report.problems, *(f"repaired: {text}" for text in report.repaired), *unfinished])

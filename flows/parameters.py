@@ -1,0 +1,76 @@
+"""Typed parameters of the flows: the settings of a recipe with every field optional.
+
+A deployment's form in the Prefect UI, and the server's check of `prefect deployment run`, come from these models: names, types,
+bounds, choices and descriptions are those of `pesc`, and a field that does not exist is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from pesc.pipeline import STAGE_NAMES
+from pesc.recipe import Recipe
+from pesc.stage import Execution
+
+
+@cache
+def optional_settings(model: type[BaseModel], name: str | None = None) -> type[BaseModel]:
+    """The model with every field optional, at every depth.  Checks across fields are left to the complete recipe."""
+    fields: dict[str, Any] = {}
+    for field_name, field in model.model_fields.items():
+        kind = _optional_type(field.annotation)
+        if field.metadata:
+            kind = Annotated[(kind, *field.metadata)]  # type: ignore[valid-type]
+        fields[field_name] = (kind | None, Field(None, description=field.description))
+    name = name or model.__name__.removesuffix("Config") + "Settings"
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", frozen=True), __module__=__name__, __doc__=model.__doc__, **fields
+    )  # fmt: skip
+
+
+def _optional_type(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return optional_settings(annotation)
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        return dict[key, _optional_type(value)]
+    return annotation
+
+
+def as_overrides(settings: BaseModel | Mapping[str, BaseModel] | None, block: str = "") -> list[str]:
+    """The given settings as overrides (`train={"learning_rate": 0.0001}`), for the recipe's block or for the whole recipe.
+
+    What is None is left as the recipe has it; to set a value to null, write the override out.
+    """
+    given = {name: _given(item) for name, item in settings.items()} if isinstance(settings, Mapping) else _given(settings)
+    if block:
+        given = {block: given} if given else {}
+    return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+
+
+def _given(settings: BaseModel | None) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude_unset=True, exclude_none=True) if settings else {}
+
+
+RecipeSettings = optional_settings(Recipe, "RecipeSettings")
+"""Every setting of a recipe."""
+ExecutionSettings = optional_settings(Execution, "ExecutionSettings")
+"""Where and how fast; never part of a result's name."""
+
+
+def block_of(stage: str) -> str:
+    """The recipe's block that holds a stage's settings."""
+    return {"download": "sources"}.get(stage, stage)
+
+
+def stage_settings(stage: str) -> Any:
+    """The type of a stage's settings as a flow parameter: its block of the recipe (for `download`, a map of sources)."""
+    return RecipeSettings.model_fields[block_of(stage)].annotation
+
+
+assert all(block_of(stage) in Recipe.model_fields for stage in STAGE_NAMES)

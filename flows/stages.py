@@ -1,0 +1,87 @@
+"""One flow a stage: rerun it alone, on the worker that it wants.
+
+    prefect deployment run evaluate/gpu --param recipe=demo --param instance=pesc/gsm8k --param refresh=true
+
+What it reads is derived from the recipe and the store. If something is missing the run fails at once and names what to run, unless
+`build_missing` is given.
+"""
+
+from prefect import Flow, flow
+
+from flows.chain import open_store, run_chain
+from flows.hooks import HOOKS
+from flows.parameters import ExecutionSettings, as_overrides, block_of, stage_settings
+from pesc.errors import RecipeError
+from pesc.pipeline import build_graph, stage_named
+from pesc.plan import Selection, make_plan
+from pesc.recipe import Recipe, load_recipe
+from pesc.run import Outcome
+from pesc.store import Store
+
+
+def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
+    """The flow of one stage; its `settings` are typed by the stage's block of the recipe."""
+    stage, settings_type = stage_named(name), stage_settings(name)
+
+    def run_stage(
+        recipe: str = "demo",
+        instance: str | None = None,
+        settings: settings_type = None,  # type: ignore[valid-type]
+        execution: ExecutionSettings | None = None,  # type: ignore[valid-type]
+        overrides: list[str] | None = None,
+        refresh: bool = False,
+        build_missing: bool = False,
+        store: str | None = None,
+    ) -> dict[str, Outcome]:
+        changes = [*as_overrides(settings, block_of(name)), *as_overrides(execution, "execution"), *(overrides or ())]
+        loaded, place = load_recipe(recipe, changes), open_store(store)
+        pattern = f"{name}[{instance}]" if instance else name
+        refreshed = (pattern,) if refresh else ()
+        if build_missing:
+            return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed))
+        selection = Selection(only=(pattern,), refresh=refreshed)
+        require_inputs(loaded, place, selection)
+        return run_chain(loaded, place, selection)
+
+    run_stage.__name__ = run_stage.__qualname__ = name
+    run_stage.__doc__ = f"""Run the stage `{name}` of a recipe: {stage.summary}.
+
+    Args:
+        recipe: A shipped recipe's name, or the path of a YAML file on the worker.
+        instance: Source, arm or arm/benchmark, as in {name}[INSTANCE]. Default: all of the recipe's.
+        settings: Settings of this stage to change, typed; the rest stays as the recipe has it.
+        execution: Where and how fast; never part of a result's name.
+        overrides: Settings of any stage to change as KEY=VALUE; give the ones that the upstream results were made with.
+        refresh: Build again even when the store has the result.
+        build_missing: Build what this stage needs and the store lacks, instead of failing.
+        store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
+    """
+    return flow(run_stage, name=name, flow_run_name=f"{name} {{recipe}}", description=stage.summary, persist_result=False, **HOOKS)
+
+
+def require_inputs(recipe: Recipe, store: Store, selection: Selection) -> None:
+    """Raises RecipeError naming the results that are missing and the deployments that make them."""
+    chosen = build_graph(recipe).select(selection.only)
+    missing = [action.node for action in make_plan(recipe, store, selection) if action.status == "BLOCKED" and action.address not in chosen]
+    if missing:
+        deployments = dict.fromkeys(deployment_name(node.stage.name) for node in missing)
+        raise RecipeError(
+            f"{', '.join(selection.only)} of recipe {recipe.name!r} needs {', '.join(node.address for node in missing)}, not in the store {store.root}. "
+            f"Run the deployments {', '.join(deployments)} first, or give build_missing=true."
+        )
+
+
+def deployment_name(stage: str) -> str:
+    """`train/gpu`: a stage's flow on the pool that it wants."""
+    return f"{stage}/{'gpu' if stage_named(stage).wants_gpu else 'cpu'}"
+
+
+download = stage_flow("download")
+dedup = stage_flow("dedup")
+mix = stage_flow("mix")
+tokenize = stage_flow("tokenize")
+upcycle = stage_flow("upcycle")
+train = stage_flow("train")
+merge = stage_flow("merge")
+evaluate = stage_flow("evaluate")
+report = stage_flow("report")
