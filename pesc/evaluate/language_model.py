@@ -143,7 +143,8 @@ def load_language_model(
         spread = _weight_bytes(model) > 0.8 * torch.cuda.get_device_properties(0).total_memory
     try:
         return JournaledLM(
-            pretrained=str(model), tokenizer=str(model), device=device, dtype=dtype, batch_size=batch_size, parallelize=spread,
+            pretrained=str(model), tokenizer=str(model), device=device, dtype=dtype, softmax_dtype="float32", batch_size=batch_size,
+            parallelize=spread,
             journal=journal, on_progress=on_progress,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
