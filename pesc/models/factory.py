@@ -99,6 +99,13 @@ def is_sparse(config: PretrainedConfig | dict[str, Any]) -> bool:
     return str(model_type).startswith(PREFIX)
 
 
+def causal_lm_of(fields: dict[str, Any]) -> PreTrainedModel:
+    """A model of a config.json's fields, dense or sparse, with start values; inside `torch.device("meta")` it allocates nothing."""
+    classes = architecture(fields.get("model_type", ""))
+    config, causal_lm = (classes.config, classes.causal_lm) if is_sparse(fields) else (classes.dense_config, classes.dense_causal_lm)
+    return causal_lm(config.from_dict(fields))
+
+
 def register_architectures() -> None:
     """Tell the Auto classes of every sparse architecture that this transformers can build.  Idempotent."""
     for dense_type in DENSE_CLASSES:

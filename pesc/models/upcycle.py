@@ -131,12 +131,10 @@ def expected_specs(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...
     """Name, shape and whether it may be absent (tied to another) of every parameter that a model of this config has; allocates nothing."""
     import torch
 
-    from pesc.models.factory import architecture, is_sparse
+    from pesc.models.factory import causal_lm_of
 
-    classes = architecture(fields["model_type"])
-    config_class, causal_lm = (classes.config, classes.causal_lm) if is_sparse(fields) else (classes.dense_config, classes.dense_causal_lm)
     with torch.device("meta"):
-        model = causal_lm(config_class.from_dict(fields))
+        model = causal_lm_of(fields)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, tuple(parameter.shape), name in model.all_tied_weights_keys
 

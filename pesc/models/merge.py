@@ -1,0 +1,271 @@
+"""The `merge` stage: a model and what was trained on it become one plain model directory.
+
+LoRA is folded into the projections (W + scaling · B · A in fp32), trained router and bank replace those of the start, everything else is
+copied.  Weights pass through one tensor at a time.  `ledger.json` accounts for every tensor; `proof.json` compares the written model with the
+unmerged one (see `pesc.models.proof`); a merge that is not proven is refused.
+
+Key contracts
+- Every tensor of the adapter and of the bank is used exactly once, or the merge is refused with its name.
+- The model type does not change: a sparse model stays `pesc_<dense>`, the dense control stays what it was.  Tied embeddings stay tied.
+- `base: dequantized` folds into the weights that the 4-bit model computed with during training: the merged model is then the trained one up
+  to rounding.  `base: original` folds into the unquantised ones, which are closer to the dense model but were never trained against.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pesc.errors import ModelError
+from pesc.models.config import MergeConfig
+from pesc.models.lora import LoraAdapter, read_lora
+from pesc.models.tensor_files import (
+    SINGLE_NAME,
+    TensorDirectory,
+    TensorSpec,
+    dtype_code,
+    link_companions,
+    plan_shards,
+    read_header,
+    write_index,
+    write_tensors,
+)
+from pesc.models.upcycle import BANK_NAME, check_complete, read_config, write_config
+from pesc.stage import BuildResult, StageContext
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+_DIGITS = 4
+"""Significant digits of the norms in the ledger: enough to see a change, few enough not to see the machine."""
+
+
+def build(ctx: StageContext) -> BuildResult:
+    """Merge `ctx.inputs["adapter"]` into `ctx.inputs["model"]` and prove it on prompts of `ctx.inputs["blocks"]`."""
+    from pesc.models.proof import prove, read_prompts
+
+    parts = read_parts(ctx.inputs["model"], ctx.inputs["adapter"], ctx.config)
+    prompts = read_prompts(ctx.inputs["blocks"], ctx.config.proof_prompts)
+    ledger = write_merged(parts, ctx.out, ctx.config, ctx.progress)
+    ctx.progress(0, 1, unit="proofs", message="comparing the merged model with the unmerged one")
+    proof = prove(parts, ctx.out, prompts, ctx.config)
+    _write_json(ctx.out / "proof.json", proof)
+    ctx.progress(1, 1, unit="proofs", message="merged == unmerged")
+    counts = {f"{action}_tensors": sum(entry["action"] == action for entry in ledger) for action in ("merged", "trained", "copied")}
+    return BuildResult(metrics={**counts, "max_logit_difference": proof["logits"]["max_difference"]})
+
+
+@dataclass(frozen=True)
+class MergeParts:
+    """What a merge reads, checked."""
+
+    model_dir: Path
+    fields: Mapping[str, Any]
+    """config.json of the model."""
+    model: TensorDirectory
+    adapter_dir: Path
+    lora: LoraAdapter
+    bank_path: Path
+    bank: Mapping[str, TensorSpec]
+    """Trained router and bank; empty for the dense control."""
+    quantized: frozenset[str] = field(default_factory=frozenset)
+    """Weights that are taken through NF4 before the fold (`base: dequantized`)."""
+    compute_dtype: str = "bfloat16"
+
+    def base_weight(self, name: str) -> torch.Tensor:
+        """The weight that LoRA is added to."""
+        from pesc.models.nf4 import through_nf4
+
+        tensor = self.model.read(name)
+        return through_nf4(tensor, self.compute_dtype) if name in self.quantized else tensor
+
+
+def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> MergeParts:
+    """Read and check everything but the values.  Raises ModelError naming the first thing that is lost, extra or of another shape."""
+    from pesc.models.nf4 import quantized_weights
+
+    fields, model = read_config(model_dir), TensorDirectory(model_dir)
+    check_complete(fields, model.specs, model_dir)
+    training = read_training(trained_dir)
+    lora = read_lora(trained_dir / "adapter", model.specs)
+    bank = _read_bank(trained_dir / BANK_NAME, model.specs)
+    _check_declared(training, lora, bank, trained_dir)
+    quantized: frozenset[str] = frozenset()
+    if config.base == "dequantized":
+        if training["config"]["quantization"] == "none":
+            raise ModelError(
+                f"{trained_dir} was trained without quantisation, so there are no 4-bit weights to fold into: set merge.base to original."
+            )
+        quantized = frozenset(quantized_weights(dict(fields)))
+    return MergeParts(
+        model_dir,
+        fields,
+        model,
+        trained_dir / "adapter",
+        lora,
+        trained_dir / BANK_NAME,
+        bank,
+        quantized,
+        training["config"]["compute_dtype"],
+    )
+
+
+def read_training(trained_dir: Path) -> dict[str, Any]:
+    """training.json of a train object.  Raises ModelError when it is not there or says nothing of its settings."""
+    path = trained_dir / "training.json"
+    if not path.is_file():
+        raise ModelError(f"{trained_dir} has no training.json: the training did not finish; run `train` again.")
+    training = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(training.get("config"), dict) or not isinstance(training.get("trainable"), dict | list):
+        raise ModelError(f"{path} lacks `config` or `trainable`: it was written by another version; run `train` again.")
+    return training
+
+
+def is_sparse_tensor(name: str) -> bool:
+    """Whether a tensor belongs to a router or a bank."""
+    return ".mlp.router." in name or ".mlp.adapters." in name
+
+
+def _read_bank(path: Path, model: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The trained tensors of router and bank: exactly those of the model, of the same shapes."""
+    expected = {name: spec for name, spec in model.items() if is_sparse_tensor(name)}
+    found = read_header(path) if path.is_file() else {}
+    if expected and not found:
+        raise ModelError(f"{path} is not there, but the model is sparse: merging would drop every trained adapter; run `train` again.")
+    for name in sorted(set(found) - set(expected)):
+        raise ModelError(f"{path} has {name}, which the model does not have: it was trained on another model.")
+    for name, spec in expected.items():
+        if name not in found:
+            raise ModelError(f"{path} has lost {name}: the trained bank is not whole; run `train` again.")
+        if found[name].shape != spec.shape:
+            raise ModelError(f"{path} has {name} as {list(found[name].shape)}, but the model needs {list(spec.shape)}.")
+    return found
+
+
+def _check_declared(training: Mapping[str, Any], lora: LoraAdapter, bank: Mapping[str, TensorSpec], where: Path) -> None:
+    """What training.json declares as trained is what was saved, tensor by tensor."""
+    saved = {key.replace(".default.", ".") for keys in lora.pairs.values() for key in keys} | set(bank)
+    declared = {_plain_name(name) for name in declared_names(training)}
+    for name in sorted(declared - saved):
+        raise ModelError(f"{where} declares {name} as trained, but it was not saved: merging would lose it; run `train` again.")
+    for name in sorted(saved - declared):
+        raise ModelError(f"{where} holds {name}, which training.json does not declare as trained: files of different runs are mixed.")
+
+
+def declared_names(training: Mapping[str, Any]) -> list[str]:
+    """Parameter names of the trainable table of training.json."""
+    table = training["trainable"]
+    return [entry["name"] for entry in table] if isinstance(table, list) else list(table)
+
+
+def _plain_name(name: str) -> str:
+    """The saved name of a parameter: LoRA matrices keep PEFT's prefix, router and bank have the model's own names."""
+    if ".lora_" in name:
+        plain = name.replace(".default.", ".")
+        return plain if plain.startswith("base_model.model.") else f"base_model.model.{plain}"
+    return name.removeprefix("base_model.model.")
+
+
+def write_merged(
+    parts: MergeParts, out_dir: Path, config: MergeConfig, progress: Callable[..., None] = lambda *_args, **_kwargs: None
+) -> list[dict[str, Any]]:
+    """Write the merged model and its ledger to the empty `out_dir`; returns the ledger's entries."""
+    target = dtype_code(config.dtype)
+    specs = {name: TensorSpec(target if spec.dtype in FLOATING else spec.dtype, spec.shape) for name, spec in parts.model.specs.items()}
+    shards = plan_shards(specs, config.max_shard_bytes)
+    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    ledger: list[dict[str, Any]] = []
+
+    def make(name: str) -> torch.Tensor:
+        tensor, entry = _merge_tensor(parts, name, config.dtype)
+        ledger.append(entry)
+        progress(len(ledger), len(specs), unit="tensors", message=name)
+        return tensor
+
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(out_dir / file, shard, make)
+    if len(shards) > 1:
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_index(out_dir, files, sum(spec.num_bytes for spec in specs.values()))
+    write_config(out_dir, {**parts.fields, "dtype": config.dtype})
+    link_companions(parts.model_dir, out_dir)
+    _write_json(out_dir / "ledger.json", {"base": config.base, "lora_scaling": parts.lora.scaling, "tensors": ledger})
+    _warn_of_idle_experts(ledger)
+    return ledger
+
+
+def _merge_tensor(parts: MergeParts, name: str, dtype: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    """One tensor of the merged model in `dtype`, and its line in the ledger."""
+    import torch
+
+    start = parts.model.read(name)
+    entry: dict[str, Any] = {
+        "name": name,
+        "action": "copied",
+        "shape": list(start.shape),
+        "dtype": dtype_code(str(start.dtype).removeprefix("torch.")),
+    }
+    if not start.is_floating_point():
+        return start, entry
+    result = start
+    if name in parts.bank:
+        entry["action"] = "trained"
+        result = _read_trained(parts.bank_path, name)
+        entry |= _idle_experts(name, result)
+    elif name in parts.lora.pairs:
+        entry["action"] = "merged"
+        result = parts.base_weight(name).float() + parts.lora.delta(name)
+    elif name in parts.quantized:
+        result = parts.base_weight(name)
+    entry["quantized"] = name in parts.quantized
+    merged = result.to(getattr(torch, dtype))
+    entry["norm"] = _rounded(start.float().norm().item())
+    entry["change"] = _rounded((merged.float() - start.float()).norm().item())
+    entry["dtype"] = dtype_code(dtype)
+    if not merged.isfinite().all():
+        raise ModelError(
+            f"{name} is not a number after the merge: the training diverged, or {dtype} cannot hold it; set merge.dtype to float32."
+        )
+    return merged, entry
+
+
+def _read_trained(path: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensor = file.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise ModelError(f"{path} has a value that is not a number in {name}: the training diverged; train again.")
+    if name.endswith("adapters.up") and not tensor.any():
+        raise ModelError(f"{path} has {name} all zero: no adapter of this layer was trained; look for a frozen part in the training log.")
+    return tensor
+
+
+def _idle_experts(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Experts whose `up` is still zero: no token ever chose them while training."""
+    if not name.endswith("adapters.up"):
+        return {}
+    idle = (~tensor.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    return {"idle_experts": idle}
+
+
+def _warn_of_idle_experts(ledger: list[dict[str, Any]]) -> None:
+    idle = {entry["name"]: entry["idle_experts"] for entry in ledger if entry.get("idle_experts")}
+    if idle:
+        first = next(iter(idle))
+        logger.warning("%d layers have experts that no token chose while training (%s: %s)", len(idle), first, idle[first])
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

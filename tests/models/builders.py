@@ -1,0 +1,120 @@
+"""Tiny real models on disk: random weights, a real tokenizer, a real PEFT adapter after some real optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import pesc.models
+from pesc.models.config import UpcycleConfig
+from pesc.models.factory import architecture
+from pesc.models.upcycle import upcycle_directory
+from pesc.moe.balance import RouterRecorder
+from pesc.moe.layer import sparse_parameters
+
+VOCABULARY = 259
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+UPCYCLE = UpcycleConfig(num_experts=4, top_k=2, adapter_dim=8)
+
+
+def dense_config(model_type: str = "llama", **changes):
+    """A config of some thousand parameters for any supported architecture."""
+    fields = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        # wide enough that a change of any weight shows in the logits
+        initializer_range=0.15,
+    )
+    if model_type in ("qwen3", "gemma2", "gemma3_text"):
+        fields["head_dim"] = 8
+    return architecture(model_type).dense_config(**(fields | changes))
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer: one token a byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def save_dense(directory: Path, model_type: str = "llama", dtype=torch.bfloat16, shard_size: str = "1GB", **changes) -> Path:
+    """A dense model directory with tokenizer."""
+    torch.manual_seed(11)
+    model = architecture(model_type).dense_causal_lm(dense_config(model_type, **changes)).to(dtype)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_sparse(dense_dir: Path, directory: Path, config: UpcycleConfig = UPCYCLE) -> Path:
+    """The upcycled form of a dense directory."""
+    directory.mkdir(parents=True)
+    upcycle_directory(dense_dir, directory, config)
+    return directory
+
+
+def save_trained(model_dir: Path, directory: Path, steps: int = 6, quantization: str = "none", **lora) -> Path:
+    """A train object: a few AdamW steps on random tokens, saved by PEFT; the bank and the table of what was trained beside it."""
+    pesc.models.register()
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS} | lora
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    bank = dict(sparse_parameters(model.base_model.model))
+    for parameter in bank.values():
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(steps):
+        _step(model, optimizer, sparse=bool(bank))
+    model.save_pretrained(directory / "adapter")
+    if bank:
+        save_file(
+            {name: p.detach().to(torch.bfloat16).contiguous() for name, p in bank.items()}, directory / "bank.safetensors", {"format": "pt"}
+        )
+    trainable = [{"name": name, "shape": list(p.shape)} for name, p in model.named_parameters() if p.requires_grad]
+    training = {
+        "config": {"method": "pesc" if bank else "qlora", "quantization": quantization, "compute_dtype": "bfloat16"},
+        "trainable": trainable,
+    }
+    (directory / "training.json").write_text(json.dumps(training))
+    return directory
+
+
+def _step(model, optimizer, sparse: bool) -> None:
+    ids = torch.randint(0, 256, (2, 24))
+    if sparse:
+        with RouterRecorder(model) as recorder:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss = loss + 0.01 * recorder.balance_loss()
+    else:
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_blocks(directory: Path) -> Path:
+    """The part of a tokenize object that a merge reads."""
+    directory.mkdir(parents=True)
+    prompts = ["user: Why is the sky blue?</s>assistant: ", "user: 17 + 25 = ?</s>assistant: ", "user: Write a haiku.</s>assistant: "]
+    (directory / "prompts.json").write_text(json.dumps(prompts))
+    return directory
