@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
         SourceConfig,
         1,
         "pesc.data.download:build",
-        ("pesc.data.download", "pesc.data.sources"),
+        ("pesc.data.download", "pesc.data.sources", "pesc.data.gguf"),
         summary="fetch and pin sources",
     ),
     Stage(
@@ -70,7 +70,10 @@ STAGES: tuple[Stage, ...] = (
         "pesc.data.dedup:build",
         (
             "pesc.data.dedup",
+            "pesc.data.rows",
+            "pesc.data.functions",
             "pesc.data.conversation",
+            "pesc.data.text",
             "pesc.data.filters",
             "pesc.data.exact_dedup",
             "pesc.data.minhash",
