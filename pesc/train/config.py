@@ -18,7 +18,9 @@ class LoraConfig(StageConfig):
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1, description="Names of the projections that get LoRA."
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Names of the projections that get LoRA.",
     )
 
 
@@ -52,5 +54,7 @@ class TrainConfig(StageConfig):
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
         if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})")
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
         return self

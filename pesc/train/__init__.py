@@ -1,0 +1,30 @@
+"""Training: QLoRA, the bank and the routers, distributed with torchrun and DeepSpeed.
+
+What it is
+    stage.py        the builder: runs in the caller's process, never imports torch; starts the ranks, follows them, takes the result
+    rank.py         the program that each rank runs (`python -m pesc.train.rank JOB.json` under torchrun)
+    job.py          what stage and ranks tell each other: the job, the status, the errors
+    blocks.py       packed blocks, memory-mapped      order.py       which block is read when
+    collator.py     blocks -> one micro-batch         loss.py        cross-entropy over the supervised tokens
+    modeling.py     model, LoRA, what is trainable    optimizer.py   optimizer and learning-rate schedule
+    trainer.py      the step                          callbacks.py   stop requests, dead gradients, progress, history
+    deepspeed.py    ZeRO settings                     checkpoints.py complete checkpoints, and which ones can be continued
+    result.py       the adapter, the bank, the record of the run
+
+Promises
+    Every token weighs the same, whatever the accumulation, the packing and the number of ranks.
+    World size changes the order of floating-point sums only (and, with 8-bit optimizer states, where their blocks of 256 begin):
+    a step reads the same blocks with the same dropout.
+    A killed run continues from its last complete checkpoint and ends with the weights of a run that was never killed.
+    Everything declared trainable is trained: a tensor that gets no gradient stops the run with its name.
+    The bank exists once in memory, in the compute dtype, never quantised.
+
+Never
+    Loads CUDA in the caller's process.  Takes an incomplete checkpoint.  Trusts torchrun's exit code (it is 1 whether or not the
+    work was saved): the ranks write `status.json`.
+
+Pitfalls
+    Rows packed into one block are isolated by their position ids, which start again at 0; an attention mask would switch that off.
+    At the first step `up` and `lora_B` are zero, so the gradients of `down`, the router and `lora_A` are exactly zero, as they should be.
+    Some tokenizers have pad == eos: labels, not token ids, say what is learned.
+"""

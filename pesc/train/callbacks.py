@@ -1,0 +1,183 @@
+"""What watches a run: stop requests, gradients that never come, history, progress.
+
+L sparse layers, E experts, K active experts, T tokens that count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pesc.errors import TrainingFailedError
+from pesc.train.modeling import PEFT_PREFIX, trainable_parameters
+
+
+class StopRequest:
+    """Remembers SIGTERM, so that the ranks can save before they end; before training begins SIGTERM ends the process.
+
+    A file has the same effect without a deadline.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        self._stop_file = stop_file
+        self._signal: int | None = None
+        self._is_deferring = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+        if not self._is_deferring:
+            sys.exit(128 + number)
+
+    def defer(self) -> None:
+        """From now on a stop waits for the end of the step."""
+        self._is_deferring = True
+
+    @property
+    def code(self) -> float:
+        """0: go on, 1: the file asks for a stop, 2: a signal does.  The ranks act on the highest of all."""
+        if self._signal is not None:
+            return 2.0
+        return 1.0 if self._stop_file.exists() else 0.0
+
+    @staticmethod
+    def reason(code: float) -> str:
+        """A code in words."""
+        return "signal" if code >= 2.0 else "stop file"
+
+
+class GradientWatch:
+    """Makes sure that everything declared trainable is trained.
+
+    Every tensor must have got a gradient in the first step, and one that is not all zeros by the end of step `patience`.  (In the first
+    step those of `down`, the router and lora_A are zeros: `up` and lora_B still are.)
+    """
+
+    def __init__(self, model: nn.Module, steps: int, device: torch.device, patience: int = 8, least: int = 4) -> None:
+        self._names = [name for name, _ in trainable_parameters(model)]
+        self._index = {name: index for index, name in enumerate(self._names)}
+        self._came = torch.zeros(len(self._names), device=device)
+        self._lives = torch.zeros(len(self._names), device=device)
+        self._steps = 0
+        self._deadline = min(patience, steps) if steps >= least else None
+        self._handles = [parameter.register_hook(self._hook(self._index[name])) for name, parameter in trainable_parameters(model)]
+
+    def _hook(self, index: int) -> Any:
+        def note(gradient: torch.Tensor) -> None:
+            self._came[index] = 1.0
+            self._lives[index] += gradient.detach().any()
+
+        return note
+
+    def end_step(self, reduce_max: Any) -> None:
+        """Check after an optimizer step.  reduce_max: in-place maximum over the ranks.  Raises TrainingFailedError with the names."""
+        self._steps += 1
+        if self._steps == 1:
+            self._require(self._came, reduce_max, "got no gradient at all in the first step")
+        if self._deadline is not None and self._steps == self._deadline:
+            self._require(self._lives, reduce_max, f"got a gradient of zeros in each of the first {self._steps} steps")
+        if self._steps >= (self._deadline or 1):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            self._deadline = None
+
+    def _require(self, flags: torch.Tensor, reduce_max: Any, what: str) -> None:
+        flags = flags.clone()
+        reduce_max(flags)
+        silent = [name.removeprefix(PEFT_PREFIX) for name, flag in zip(self._names, flags.tolist(), strict=True) if not flag]
+        if silent:
+            others = f" (and {len(silent) - 1} more of {len(self._names)})" if len(silent) > 1 else ""
+            raise TrainingFailedError(
+                f"{silent[0]}{others} is declared trainable but {what}, so it would come out as it went in: check the labels (is anything "
+                "supervised?), that the routers have a balance loss or top_k > 1, and that the targets belong to the path that is used."
+            )
+
+
+class StepTotals:
+    """Sums over the micro-batches of one optimizer step, on the device, added over the ranks once."""
+
+    def __init__(self, device: torch.device, layers: int, num_experts: int) -> None:
+        self._layers, self._experts = layers, num_experts
+        self._sums = torch.zeros(4 + layers * num_experts, dtype=torch.float64, device=device)
+
+    def add(self, loss: torch.Tensor, balance: torch.Tensor | None, tokens: int, choices_LE: torch.Tensor | None) -> None:
+        """loss: this micro-batch's share of the step's mean loss; balance: its share of the mean balance loss; tokens: read."""
+        self._sums[0] += loss.detach()
+        self._sums[2] += tokens
+        if balance is not None and choices_LE is not None:
+            self._sums[1] += balance.detach()
+            self._sums[4:] += choices_LE.reshape(-1)
+
+    def take(self, reduce_sum: Any) -> dict[str, Any]:
+        """The step's numbers over all ranks; starts anew.  Waits for the device."""
+        reduce_sum(self._sums)
+        values = self._sums.tolist()
+        self._sums.zero_()
+        taken: dict[str, Any] = {"loss": values[0], "tokens": int(values[2])}
+        if self._layers:
+            taken["balance"] = values[1]
+            taken["experts"] = summarize_load(values[4:], self._experts)
+        return taken
+
+
+def summarize_load(choices: list[float], num_experts: int) -> dict[str, list]:
+    """How often each layer's experts were chosen, as highest share, lowest share, entropy (1: balanced) and number never chosen."""
+    summary: dict[str, list] = {"max": [], "min": [], "entropy": [], "dead": []}
+    for start in range(0, len(choices), num_experts):
+        counts = choices[start : start + num_experts]
+        shares = [count / max(1.0, sum(counts)) for count in counts]
+        entropy = -sum(share * math.log(share) for share in shares if share) / max(math.log(num_experts), 1e-9)
+        summary["max"].append(round(max(shares), 4))
+        summary["min"].append(round(min(shares), 4))
+        summary["entropy"].append(round(entropy, 4))
+        summary["dead"].append(sum(not count for count in counts))
+    return summary
+
+
+class History:
+    """One line an optimizer step; part of every checkpoint."""
+
+    FILE_NAME = "history.jsonl"
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def save(self, folder: Path) -> None:
+        """Write beside a checkpoint."""
+        (folder / self.FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Continue a checkpoint's history."""
+        self.lines = [json.loads(line) for line in (folder / self.FILE_NAME).read_text(encoding="utf-8").splitlines()]
+
+
+class Throughput:
+    """Tokens a second, without the first step of this process (it warms up)."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self.tokens = 0
+        self.steps = 0
+
+    def end_step(self, tokens: int) -> None:
+        """Count a step."""
+        if self._started is not None:
+            self.tokens += tokens
+            self.steps += 1
+        else:
+            self._started = time.monotonic()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 until the second step has ended."""
+        return self.tokens / max(1e-9, time.monotonic() - self._started) if self._started is not None and self.tokens else 0.0

@@ -1,0 +1,80 @@
+"""Blocks -> one micro-batch of tensors.
+
+B blocks, S longest block of the micro-batch.
+
+Rows packed into a block are told apart by `position_ids_BS` alone, which start again at 0 with each row.  Every attention
+implementation of transformers (eager, sdpa, flex, flash) isolates them when no attention mask is given; so none is made.  Padding
+follows the block with position 0 at every place: a row of its own each, that sees nothing and that nothing sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pesc.train.blocks import PackedBlocks
+from pesc.train.order import BlockOrder
+
+NO_LOSS = -100
+
+
+class OrderedBlocks(torch.utils.data.Dataset):
+    """Blocks in reading order; an item knows its position."""
+
+    def __init__(self, blocks: PackedBlocks, order: BlockOrder, positions: int) -> None:
+        self._blocks = blocks
+        self._order = order
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return self._positions
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray | int]:
+        """The block that is read at `position`."""
+        return {**self._blocks[self._order.block_at(position)], "position": position}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes {input_ids, targets, position_ids, valid} [B, S] and `position` of the first block.
+
+    flatten: put the blocks behind one another instead (B = 1, no padding), as flash attention's variable-length kernels want it.
+    targets_BS: the token to be known after each position, -100 for none; the first token of a packed row is nobody's successor.
+    """
+
+    flatten: bool = False
+    pad_id: int = 0
+
+    def __call__(self, items: Sequence[Mapping[str, np.ndarray | int]]) -> dict[str, torch.Tensor]:
+        """Collate; `valid_BS` is False on padding."""
+        blocks = [_concatenate(items)] if self.flatten else items
+        longest = max(len(block["input_ids"]) for block in blocks)
+        batch = {
+            "input_ids": _stack(blocks, "input_ids", longest, self.pad_id),
+            "targets": _stack([{"targets": _shift(block)} for block in blocks], "targets", longest, NO_LOSS),
+            "position_ids": _stack(blocks, "position_ids", longest, 0),
+        }
+        lengths = torch.tensor([len(block["input_ids"]) for block in blocks])
+        batch["valid"] = torch.arange(longest)[None, :] < lengths[:, None]
+        batch["position"] = torch.tensor(items[0]["position"])
+        return batch
+
+
+def _shift(block: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Labels moved one to the left, without the step over the edge of a packed row."""
+    following = np.where(block["position_ids"] == 0, NO_LOSS, block["labels"])[1:]
+    return np.append(following, NO_LOSS)
+
+
+def _concatenate(items: Sequence[Mapping]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([item[name] for item in items]) for name in ("input_ids", "labels", "position_ids")}
+
+
+def _stack(blocks: Sequence[Mapping], name: str, longest: int, fill: int) -> torch.Tensor:
+    rows = np.full((len(blocks), longest), fill, dtype=np.int64)
+    for row, block in zip(rows, blocks, strict=True):
+        row[: len(block[name])] = block[name]
+    return torch.from_numpy(rows)

@@ -1,0 +1,174 @@
+"""The model that is trained: a frozen (4-bit) base, LoRA on its projections, and the bank and routers in full.
+
+E experts, R adapter width, H hidden: bank `mlp.adapters.down|up` [E, R, H], router `mlp.router.weight` [E, H].
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+import pesc.models
+from pesc.errors import ModelError
+from pesc.moe.layer import sparse_parameters
+from pesc.train.config import TrainConfig
+from pesc.train.order import derive_seed
+
+logger = logging.getLogger(__name__)
+PEFT_PREFIX = "base_model.model."
+GROUPS = ("lora", "bank", "router")
+
+
+@dataclass(frozen=True)
+class TrainableGroup:
+    """One line of the table of what is trained."""
+
+    group: str
+    tensors: int
+    parameters: int
+
+
+def load_trainable(model_dir: Path, config: TrainConfig, device: str, checkpoint_activations: bool) -> PeftModel:
+    """The model ready for training; equal on every rank.
+
+    device: "cpu" or "cuda:N".  Raises ModelError when the model does not fit the method, or a LoRA target names no projection.
+    """
+    base = _load_base(model_dir, config, device)
+    _check_method(base, config, model_dir)
+    _check_targets(base, config, model_dir)
+    base.requires_grad_(False)
+    if checkpoint_activations:
+        _checkpoint_activations(base)
+    base.config.use_cache = False
+    torch.manual_seed(derive_seed("lora", config.seed))
+    model = get_peft_model(base, peft_config(config), autocast_adapter_dtype=False)
+    dtype = getattr(torch, config.compute_dtype)
+    for _, parameter in sparse_parameters(model):
+        parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def peft_config(config: TrainConfig) -> PeftLoraConfig:
+    """LoRA as PEFT knows it."""
+    lora = config.lora
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _load_base(model_dir: Path, config: TrainConfig, device: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    pesc.models.register()
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.compute_dtype),
+        "device_map": {"": device},
+        "attn_implementation": pick_attention(device),
+    }
+    if config.quantization == "nf4":
+        options["quantization_config"] = _quantization(config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_dir, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
+
+
+def _quantization(config: TrainConfig) -> Any:
+    """NF4 with double quantisation (QLoRA), packed into the compute dtype, which ZeRO-3 needs to shard it."""
+    from transformers import BitsAndBytesConfig
+
+    dtype = getattr(torch, config.compute_dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def pick_attention(device: str) -> str:
+    """Flash attention (variable length) where it is installed and runs, else torch's."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device.startswith("cuda") and is_flash_attn_2_available() else "sdpa"
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Non-reentrant checkpointing of each layer, under the name that this transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _check_method(model: nn.Module, config: TrainConfig, model_dir: Path) -> None:
+    is_sparse = next(sparse_parameters(model), None) is not None
+    if config.method == "pesc" and not is_sparse:
+        raise ModelError(
+            f"method is pesc, but {model_dir} (model_type {model.config.model_type}) has no bank: upcycle it first, or train with method qlora."
+        )
+    if config.method == "qlora" and is_sparse:
+        raise ModelError(
+            f"method is qlora, but {model_dir} is a sparse model: the control is trained on the dense model, or use method pesc."
+        )
+
+
+def _check_targets(model: nn.Module, config: TrainConfig, model_dir: Path) -> None:
+    """PEFT leaves out in silence a target that names nothing while another one does."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [target for target in config.lora.targets if target not in names]:
+        raise ModelError(
+            f"lora.targets names {missing[0]!r}, but {model_dir} has no such projection; there are: {', '.join(sorted(names))}."
+        )
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of everything that is trained, in the model's order."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def group_of(name: str) -> str:
+    """lora, bank or router.  Raises ModelError for a name that should not be trained at all."""
+    if ".lora_" in name:
+        return "lora"
+    if re.search(r"\.mlp\.adapters\.(down|up)$", name):
+        return "bank"
+    if name.endswith(".mlp.router.weight"):
+        return "router"
+    raise ModelError(f"{name} is trainable, but belongs to neither LoRA, bank nor router.")
+
+
+def count_trainable(model: nn.Module) -> list[TrainableGroup]:
+    """The table of what is trained; also right when ZeRO-3 has partitioned the parameters away."""
+    counts = dict.fromkeys(GROUPS, (0, 0))
+    for name, parameter in trainable_parameters(model):
+        tensors, parameters = counts[group_of(name)]
+        counts[group_of(name)] = (tensors + 1, parameters + getattr(parameter, "ds_numel", parameter.numel()))
+    return [TrainableGroup(group, *counts[group]) for group in GROUPS if counts[group][0]]
+
+
+def log_trainable(groups: list[TrainableGroup]) -> None:
+    """One line a group, and the sum."""
+    for row in [
+        *map(asdict, groups),
+        {"group": "all", "tensors": sum(g.tensors for g in groups), "parameters": sum(g.parameters for g in groups)},
+    ]:
+        logger.info("trainable %-6s %5d tensors %15s parameters", row["group"], row["tensors"], f"{row['parameters']:,}")

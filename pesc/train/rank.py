@@ -1,0 +1,207 @@
+"""The program of one rank.
+
+    python -m torch.distributed.run ... -m pesc.train.rank JOB.json
+
+Its place (RANK, LOCAL_RANK, WORLD_SIZE) comes from torchrun's environment.  It dies with torchrun, remembers SIGTERM until the step has
+ended, and leaves `status.json` or `errors/rank_N.json`: the exit code alone says nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pesc.launch.events import emit
+from pesc.launch.guard import die_with_parent
+from pesc.launch.isolated import configure_logging
+from pesc.launch.supervise import record_pid
+from pesc.train.job import Job, Status, read_job, record_error, write_status
+
+logger = logging.getLogger(__name__)
+
+
+def main(job_path: Path) -> int:
+    """Run the job; returns the exit code."""
+    die_with_parent(os.getppid(), signal.SIGKILL)
+    job = read_job(job_path)
+    record_pid(job.pids)
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        configure_logging(job.log_level)
+    try:
+        _train(job, rank)
+    except Exception as error:
+        record_error(job.errors, rank, error)
+        logger.debug("rank %d failed", rank, exc_info=True)
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(job: Job, rank: int) -> None:
+    from pesc.train.callbacks import StopRequest
+
+    started = time.monotonic()
+    stop = StopRequest(job.stop_file)
+    _report(rank, job, 0, "loading the model")
+    from pesc.train.blocks import FILE_NAME, PackedBlocks
+    from pesc.train.collator import OrderedBlocks
+    from pesc.train.modeling import count_trainable, load_trainable, log_trainable
+    from pesc.train.order import BlockOrder
+    from pesc.train.trainer import PescTrainer
+
+    config = job.config
+    model = load_trainable(job.model, config, _device_of(job), job.execution.gradient_checkpointing)
+    groups = count_trainable(model)
+    if rank == 0:
+        log_trainable(groups)
+    blocks = PackedBlocks(job.blocks / FILE_NAME)
+    data = OrderedBlocks(blocks, BlockOrder(len(blocks), config.seed), job.steps * config.global_batch_size)
+    trainer = PescTrainer(model, _arguments(job), data, job, stop, _StepReporter(rank, job))
+    resumed_at = _resume_point(trainer)
+    if resumed_at:
+        trainer.history.load(job.checkpoints / f"checkpoint-{resumed_at}")
+        logger.info("%s continues after step %d", job.address, resumed_at)
+    trained_from = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(job.checkpoints / f"checkpoint-{resumed_at}") if resumed_at else None)
+    measured = {
+        "seconds": round(time.monotonic() - started, 2),
+        "seconds_training": round(time.monotonic() - trained_from, 2),
+        "resumed_at": resumed_at,
+    }
+    _finish(trainer, groups, measured)
+
+
+def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
+    """Write the result (or not, when the run was interrupted) and the status."""
+    from pesc.train.result import gather_trained, write_result
+
+    job, is_first = trainer.job, trainer.args.local_process_index == 0
+    metrics = {**measured, **_measure(trainer)}
+    if trainer.interrupted:
+        if is_first:
+            write_status(job.work, Status("interrupted", trainer.state.global_step, trainer.interrupted, metrics))
+        return
+    trained = gather_trained(trainer.model, keep=is_first)
+    if is_first:
+        lines = trainer.history.lines
+        facts = {
+            "steps": len(lines),
+            "tokens": sum(line["tokens"] for line in lines),
+            "loss_first": lines[0]["loss"],
+            "loss_last": lines[-1]["loss"],
+        }
+        write_result(job.result, trained, job.config, groups, facts, lines)
+        write_status(job.work, Status("finished", trainer.state.global_step, "", metrics))
+
+
+def _measure(trainer: Any) -> dict[str, Any]:
+    """Measurements for the manifest; none of them is hashed."""
+    import torch
+
+    lines, world = trainer.history.lines, trainer.args.world_size
+    on_cuda = trainer.args.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "steps": trainer.state.global_step,
+        "loss": lines[-1]["loss"] if lines else None,
+        "tokens_per_second": round(trainer.throughput.tokens_per_second, 1),
+        "peak_memory_bytes": int(peak),
+        "world_size": world,
+        "zero_stage": trainer.job.execution.zero_stage,
+        "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads a rank",
+    }
+
+
+def _device_of(job: Job) -> str:
+    if job.device == "cpu":
+        return "cpu"
+    import torch
+
+    index = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _arguments(job: Job) -> Any:
+    """Trainer's settings; DeepSpeed's are in its own dict."""
+    from transformers import TrainingArguments
+
+    from pesc.train.deepspeed import make_config, skip_shared_memory_op
+
+    if job.device == "cpu":
+        skip_shared_memory_op()
+    config, world = job.config, int(os.environ["WORLD_SIZE"])
+    return TrainingArguments(
+        output_dir=str(job.checkpoints),
+        max_steps=job.steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.global_batch_size // (config.micro_batch_size * world),
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        bf16=config.compute_dtype == "bfloat16",
+        seed=config.seed,
+        deepspeed=make_config(config, job.execution, world, job.device),
+        use_cpu=job.device == "cpu",
+        save_strategy="steps",
+        save_steps=job.execution.save_every_steps,
+        save_on_each_node=job.execution.num_nodes > 1,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_timeout=3600,
+        log_level="warning",
+    )
+
+
+def _resume_point(trainer: Any) -> int:
+    """The newest step that every node has a complete checkpoint of, 0 for none.  Raises TrainingFailedError for another layout."""
+    from torch import distributed
+
+    from pesc.train import checkpoints
+
+    found = {checkpoint.step: checkpoint for checkpoint in checkpoints.find_complete(trainer.job.checkpoints)}
+    everywhere: list[set[int]] = [set(found)]
+    if trainer.args.world_size > 1:
+        everywhere = [set()] * trainer.args.world_size
+        distributed.all_gather_object(everywhere, set(found))
+    step = max(set.intersection(*everywhere), default=0)
+    if step:
+        checkpoints.require_same_layout(found[step], trainer.layout, trainer.job.address)
+    return step
+
+
+class _StepReporter:
+    """Rank 0 tells the stage about each step."""
+
+    def __init__(self, rank: int, job: Job) -> None:
+        self._rank, self._job = rank, job
+
+    def __call__(self, line: dict[str, Any], tokens_per_second: float) -> None:
+        step, every = line["step"], self._job.execution.log_every_steps
+        if step % every and step != self._job.steps:
+            return
+        fields = {name: line[name] for name in ("loss", "balance", "lr", "grad_norm") if name in line}
+        _report(self._rank, self._job, step, "training", **fields, tokens_per_second=round(tokens_per_second, 1))
+
+
+def _report(rank: int, job: Job, step: int, message: str, **fields: float) -> None:
+    if rank == 0:
+        emit({"event": "progress", "done": step, "total": job.steps, "unit": "steps", "message": message, "fields": fields})
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a collective library's destructor must not hang on ranks that are gone

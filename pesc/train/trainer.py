@@ -1,0 +1,216 @@
+"""The training step: transformers' Trainer with packed data, a loss weighed by tokens, and load balancing.
+
+B blocks of a micro-batch, S positions, N supervised tokens, V vocabulary, L sparse layers, E experts, T tokens that count, M micro-batches
+of a step over all ranks.
+
+    loss = Σ_tokens CE / (supervised tokens of the whole step) + α · (1/M) Σ_micro-batches Σ_layers E · Σ_i f_i · P_i
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import distributed
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pesc.errors import TrainingFailedError
+from pesc.moe.balance import RouterRecorder
+from pesc.train import checkpoints
+from pesc.train.callbacks import GradientWatch, History, StepTotals, StopRequest, Throughput
+from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
+from pesc.train.job import Job
+from pesc.train.loss import scaled_cross_entropy
+from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule
+from pesc.train.order import RankBatches, derive_seed
+
+
+class PescTrainer(Trainer):
+    """One rank's trainer.  `interrupted` says why the run ended early, if it did."""
+
+    def __init__(self, model: PeftModel, args: TrainingArguments, data: OrderedBlocks, job: Job, stop: StopRequest, on_step: Any) -> None:
+        super().__init__(model=model, args=args, train_dataset=data, callbacks=[_EndOfStep(self)])
+        self.job, self.stop, self.on_step = job, stop, on_step
+        self.history, self.throughput = History(), Throughput()
+        self.interrupted: str | None = None
+        config = model.config
+        self._recorder = RouterRecorder(model) if job.config.method == "pesc" else None
+        pesc = config.pesc if self._recorder else {}
+        self._top_k = pesc.get("top_k", 0)
+        layers = len(self._recorder.routers) if self._recorder else 0
+        self._totals = StepTotals(args.device, layers, pesc.get("num_experts", 0))
+        self._watch = GradientWatch(model, job.steps, args.device)
+        self._flatten = config._attn_implementation == "flash_attention_2"
+        self._can_choose_logits = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+        self._taken: dict[str, Any] = {}
+
+    # ---- data
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """This rank's micro-batches, in order; data is memory-mapped, so that no worker processes are needed."""
+        config = self.job.config
+        batches = RankBatches(
+            self.job.steps, config.global_batch_size, config.micro_batch_size, self.args.process_index, self.args.world_size
+        )
+        collator = Collator(flatten=self._flatten)
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=batches, collate_fn=collator, pin_memory=self.args.device.type == "cuda"
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
+        """A step's micro-batches, and the supervised tokens in those of all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        supervised = torch.tensor(sum(int((batch["targets"] != NO_LOSS).sum()) for batch in batches), device=device)
+        self._reduce(supervised, distributed.ReduceOp.SUM)
+        return batches, supervised
+
+    # ---- the step
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, with its own dropout whoever computes it."""
+        model.train()
+        position = int(inputs.pop("position"))
+        inputs = self._prepare_inputs(inputs)
+        torch.manual_seed(derive_seed("dropout", self.job.config.seed, position))
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss, scale_wrt_gas=False)
+        return loss.detach()
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """This micro-batch's share of the step's loss, times the number of ranks (DeepSpeed averages over them)."""
+        world = self.args.world_size
+        share = world / num_items_in_batch.clamp(min=1).float()
+        if self._recorder is None:
+            loss = self._cross_entropy(model, inputs, share)
+            self._totals.add(loss / world, None, int(inputs["valid"].sum()), None)
+            return loss
+        with self._recorder:
+            loss = self._cross_entropy(model, inputs, share)
+        balance, choices_LE = self._balance(inputs["valid"])
+        self._totals.add(loss / world, balance / world, int(inputs["valid"].sum()), choices_LE)
+        self._recorder.clear()
+        return loss + self.job.config.balance.coefficient * balance if self.job.config.balance.kind == "switch" else loss
+
+    def _cross_entropy(self, model: torch.nn.Module, inputs: dict, share: torch.Tensor) -> torch.Tensor:
+        """Logits are made at positions with a target only: with long prompts most of the vocabulary projection falls away."""
+        targets_BS = inputs["targets"]
+        kept_S = (targets_BS != NO_LOSS).any(dim=0).nonzero().flatten()
+        if not self._can_choose_logits:
+            kept_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
+        choice = {"logits_to_keep": kept_S} if self._can_choose_logits else {}
+        output = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, **choice)
+        target_N = targets_BS[:, kept_S].reshape(-1)
+        logits_NV = output.logits.reshape(target_N.shape[0], -1)
+        is_target_N = target_N != NO_LOSS
+        if targets_BS.shape[0] > 1 or not self._can_choose_logits:
+            logits_NV, target_N = logits_NV[is_target_N], target_N[is_target_N]
+        return scaled_cross_entropy(logits_NV, target_N, share)
+
+    def _balance(self, valid_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the mean balance loss (times the ranks), and how often experts were chosen, [L, E]."""
+        assert self._recorder is not None
+        balance = self._recorder.balance_loss(valid_BS) / self.args.gradient_accumulation_steps
+        with torch.no_grad():
+            logits_LTE = torch.stack(list(self._recorder.counted(valid_BS).values()))
+            chosen_LTE = torch.zeros_like(logits_LTE, dtype=torch.float32).scatter_(2, logits_LTE.topk(self._top_k, dim=2).indices, 1.0)
+        return balance, chosen_LTE.sum(dim=1)
+
+    # ---- optimizer
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group of everything that is trained."""
+        if self.optimizer is None:
+            parameters = [parameter for parameter in (model or self.model).parameters() if parameter.requires_grad]
+            self.optimizer = make_optimizer(self.job.config, parameters, self.args.device.type)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """`learning_rate_at` of every step."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = make_schedule(self.job.config, optimizer or self.optimizer, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- the end of a step
+
+    def end_step(self, control: Any) -> None:
+        """Agree on the step's numbers and on whether to stop.  Raises TrainingFailedError on all ranks together."""
+        step = self.state.global_step
+        self._taken = self._totals.take(lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM))
+        if not math.isfinite(self._taken["loss"] + self._taken.get("balance", 0.0)):
+            raise TrainingFailedError(
+                f"{self.job.address}: the loss is {self._taken['loss']} at step {step}: lower train.learning_rate (now "
+                f"{self.job.config.learning_rate:g}) or train with compute_dtype float32; the last checkpoint is of an earlier step."
+            )
+        self._watch.end_step(lambda tensor: self._reduce(tensor, distributed.ReduceOp.MAX))
+        self.throughput.end_step(self._taken["tokens"])
+        code = torch.tensor(self.stop.code, device=self.args.device)
+        self._reduce(code, distributed.ReduceOp.MAX)
+        if code.item() and step < self.job.steps:
+            self.interrupted = self.stop.reason(code.item())
+            control.should_save = control.should_training_stop = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The history's line of a step; Trainer's own summaries are dropped."""
+        if "grad_norm" not in logs or not self._taken:
+            return
+        step = self.state.global_step
+        line = {
+            "step": step,
+            "lr": learning_rate_at(self.job.config, step - 1, self.job.steps),
+            "grad_norm": float(logs["grad_norm"]),
+            **self._taken,
+        }
+        self._taken = {}
+        self.history.lines.append(line)
+        self.on_step(line, self.throughput.tokens_per_second)
+
+    def _reduce(self, tensor: torch.Tensor, operation: Any) -> None:
+        if self.args.world_size > 1:
+            distributed.all_reduce(tensor, op=operation)
+
+    # ---- checkpoints
+
+    @property
+    def layout(self) -> checkpoints.Layout:
+        """What the optimizer's shards depend on."""
+        return checkpoints.Layout(self.args.world_size, self.job.execution.zero_stage)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Everything first, on all ranks; then the marker; then older ones go."""
+        super()._save_checkpoint(model, trial)
+        path = checkpoints.checkpoint_path(self.job.checkpoints, self.state.global_step)
+        if self.args.should_save:
+            self.history.save(path)
+        if self.args.world_size > 1:
+            distributed.barrier()
+        if self.args.should_save:
+            checkpoints.mark_complete(path, self.layout)
+            checkpoints.clean(self.job.checkpoints, checkpoints.KEEP)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: DeepSpeed's part of the checkpoint holds all trained weights, and the base never changes."""
+        os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Not counted."""
+        return 0
+
+
+class _EndOfStep(TrainerCallback):
+    """Calls the trainer back; installed before Trainer's own callbacks have the last word on saving."""
+
+    def __init__(self, trainer: PescTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.stop.defer()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.end_step(control)
