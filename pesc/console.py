@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pesc.pipeline import Node
@@ -60,15 +61,15 @@ class ConsoleRun:
 
     def _start(self, node: Node, reason: str) -> None:
         self._address, self._last_line = node.address, time.monotonic()
-        self._console.print(f"[bold]RUN[/]    {node.address.replace('[', chr(92) + '[')}  [dim]{reason}[/]")
-        self._bar.reset(self._task, description=node.address.replace("[", "\\["), total=None, note="", visible=True)
+        self._console.print(f"[bold]RUN[/]    {escape(node.address)}  [dim]{escape(reason)}[/]")
+        self._bar.reset(self._task, description=escape(node.address), total=None, note="", visible=True)
 
     def _finish(self, outcome: Outcome) -> None:
         self._count += 1
         self._bar.update(self._task, visible=False)
         how = "[green]built[/]" if outcome.how == "built" else "[cyan]cached[/]"
         took = f"{outcome.seconds:8.1f} s" if outcome.how == "built" else " " * 10
-        address = outcome.address.replace("[", "\\[")
+        address = escape(outcome.address)
         self._console.print(
             f"{how:<{19 if 'green' in how else 20}} {took}  {address}  [dim]{outcome.ref.digest[:8]}  ({self._count}/{self._total})[/]"
         )
