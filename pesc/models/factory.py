@@ -63,10 +63,14 @@ class Architecture:
         return PREFIX + self.dense_type
 
 
-@cache
 def architecture(model_type: str) -> Architecture:
     """The classes for a dense model_type (or its sparse twin).  Raises ModelError for an architecture that is not supported."""
-    dense_type = model_type.removeprefix(PREFIX)
+    return _make_architecture(model_type.removeprefix(PREFIX))
+
+
+@cache
+def _make_architecture(dense_type: str) -> Architecture:
+    """The classes, made once: two classes of one name would not be each other's instances."""
     if dense_type not in DENSE_CLASSES:
         raise ModelError(
             f"There is no sparse form of model_type {dense_type!r}: it must be one of {', '.join(DENSE_CLASSES)} "
@@ -158,8 +162,7 @@ class _SparseModelMixin:
             super()._init_weights(module)
 
 
-def _widen_layers(layers, config: PretrainedConfig) -> None:
-    pesc = read_pesc_config(config)
+def _widen_layers(layers, config: PretrainedConfig, pesc: PescConfig) -> None:
     for index, layer in enumerate(layers):
         widen_mlp(layer.mlp, pesc, config.hidden_size, index)
 
@@ -183,8 +186,9 @@ def _make_config(dense: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 def _make_model(dense: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     def __init__(self, config):
+        pesc = read_pesc_config(config)
         super(sparse, self).__init__(config)
-        _widen_layers(self.layers, config)
+        _widen_layers(self.layers, config, pesc)
         self.post_init()
 
     sparse = _make_class(dense, config_class, __init__)
@@ -195,10 +199,11 @@ def _make_causal_lm(
     dense: type[PreTrainedModel], config_class: type[PretrainedConfig], base: type[PreTrainedModel]
 ) -> type[PreTrainedModel]:
     def __init__(self, config):
+        pesc = read_pesc_config(config)
         super(sparse, self).__init__(config)
         # The dense constructor has built the dense base model: it becomes the sparse one in place, as its layers do.
         self.model.__class__ = base
-        _widen_layers(self.model.layers, config)
+        _widen_layers(self.model.layers, config, pesc)
         self.post_init()
 
     sparse = _make_class(dense, config_class, __init__)
