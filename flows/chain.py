@@ -15,13 +15,21 @@ from pesc.run import Job, Outcome, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job
-from tasks.reporting import publish_plan, publish_report, publish_summary, seconds_text
+from tasks.reporting import publish_plan, publish_report, publish_summary
 from tasks.table import TASKS
 
 
 def open_store(path: str | None) -> Store:
     """The store of a flow run: the parameter, else PESC_STORE, else ./store; absolute, as workers need it."""
     return Store(Path(path) if path else store_root())
+
+
+def run_name() -> str:
+    """Name of the flow run that is being made: its stage if it has one, its instance, its recipe."""
+    given = flow_run.get_parameters()
+    name = flow_run.get_flow_name() or ""
+    address = "" if name == "pipeline" else f"{name}[{given['instance']}] " if given.get("instance") else f"{name} "
+    return f"{address}{Path(given['recipe']).stem}"
 
 
 def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, Outcome]:
@@ -49,12 +57,12 @@ def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[
     for step in resolve(plan.recipe, store, selection, hits_as_jobs=True):
         assert step.job is not None  # hits_as_jobs
         job = _once_a_run(store, step.job)
+        if job.refresh or store.find(job.key.stage, job.fingerprint) is None:
+            log.info("RUN %s: %s", job.address, step.reason)
         outcome = step.finish(run_job(TASKS[step.node.stage.name], job, store))
         outcomes[outcome.address] = outcome
-        if outcome.how == "built":
-            log.info("%s built in %s (%s)", outcome.address, seconds_text(outcome.seconds), step.reason)
-        else:
-            log.info("%s cached", outcome.address)
+        if outcome.how == "hit":
+            log.info("%s cached, object %s", outcome.address, outcome.ref.digest[:8])
 
 
 def _once_a_run(store: Store, job: Job) -> Job:

@@ -52,7 +52,7 @@ def run(
     from flows.pipeline import pipeline
 
     place = open_store(str(store) if store else None)
-    with _quiet_console(), _server_settings():
+    with _server_settings():
         outcomes = pipeline(
             recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, store=str(place.root)
         )  # fmt: skip
@@ -77,26 +77,19 @@ class ProjectRecords(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
-        if any(Path(record.pathname).is_relative_to(home) for home in _HOME):
-            return not record.exc_info
+        path = Path(record.pathname)
+        if any(path.is_relative_to(home) for home in _HOME):
+            return path.name != "hooks.py"  # the failure's sentence is printed anyway
         return record.levelno >= logging.WARNING and not record.name.startswith(
             ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
         )
 
 
-@contextlib.contextmanager
-def _quiet_console() -> Iterator[None]:
-    """Filter every handler that writes Prefect's records to the terminal."""
-    only_ours = ProjectRecords()
+def quiet_console() -> None:
+    """Filter every handler that writes Prefect's records to the terminal, for the rest of this process."""
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
-    handlers = {handler for logger in loggers for handler in logger.handlers if isinstance(handler, PrefectConsoleHandler)}
-    for handler in handlers:
-        handler.addFilter(only_ours)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(only_ours)
+    for handler in {handler for logger in loggers for handler in logger.handlers if isinstance(handler, PrefectConsoleHandler)}:
+        handler.addFilter(ProjectRecords())
 
 
 @contextlib.contextmanager
@@ -110,6 +103,7 @@ def _server_settings() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: a failure that the user can mend is one sentence on stderr and exit code 1."""
+    quiet_console()
     try:
         app()
     except PescError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.chain import open_store, run_chain
+from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
 from flows.parameters import RecipeSettings, as_overrides
 from pesc.plan import Selection
@@ -18,7 +18,7 @@ from pesc.recipe import load_recipe
 from pesc.run import Outcome
 
 
-@flow(name="pipeline", flow_run_name="{recipe}", persist_result=False, **HOOKS)
+@flow(name="pipeline", flow_run_name=run_name, persist_result=False, **HOOKS)
 def pipeline(
     recipe: str = "demo",
     settings: RecipeSettings | None = None,  # type: ignore[valid-type]

@@ -8,7 +8,7 @@ What it reads is derived from the recipe and the store. If something is missing 
 
 from prefect import Flow, flow
 
-from flows.chain import open_store, run_chain
+from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
 from flows.parameters import ExecutionSettings, as_overrides, block_of, stage_settings
 from pesc.errors import RecipeError
@@ -56,7 +56,7 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         build_missing: Build what this stage needs and the store lacks, instead of failing.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    return flow(run_stage, name=name, flow_run_name=f"{name} {{recipe}}", description=stage.summary, persist_result=False, **HOOKS)
+    return flow(run_stage, name=name, flow_run_name=run_name, description=stage.summary, persist_result=False, **HOOKS)
 
 
 def require_inputs(recipe: Recipe, store: Store, selection: Selection) -> None:

@@ -62,12 +62,8 @@ def run_job(stage: StageTask, job: Job, store: Store) -> Outcome:
 
 
 def _execute(job: Job, store: Store) -> ArtifactRef:
-    log = get_run_logger()
-    outcome = build_or_open(store, job, ProgressReport(job, log))
-    if outcome.how == "hit":
-        log.info("The store has it: object %s.", outcome.ref.digest[:8])
-    else:
-        log.info("Built in %.1f s: object %s, %.1f MB.", outcome.seconds, outcome.ref.digest[:8], outcome.ref.size_bytes / 1e6)
+    outcome = build_or_open(store, job, ProgressReport(job, get_run_logger()))
+    if outcome.how == "built":
         publish_result(store, outcome)
     return outcome.ref
 

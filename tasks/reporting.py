@@ -1,6 +1,6 @@
 """Plans, progress, results and reports as artifacts of the Prefect UI.
 
-Artifacts of one key keep their history: `report-demo` is a time line of benchmark tables. An artifact is a view, so one that cannot
+Artifacts of one key keep their history: `benchmarks-demo` is a time line of benchmark tables. An artifact is a view, so one that cannot
 be written costs a warning and never a run.
 """
 
@@ -157,7 +157,7 @@ def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -
     place = store.open(outcomes["report"].ref)
     page = place / "report.html"
     text = (place / "report.md").read_text(encoding="utf-8")
-    create_markdown_artifact(f"{text}\n\nPage: `{page}`\n", key=artifact_key("report", recipe), description=f"Results of {recipe}")
+    create_markdown_artifact(f"{text}\n\nPage: `{page}`\n", key=artifact_key("benchmarks", recipe), description=f"Results of {recipe}")
     create_link_artifact(page.as_uri(), link_text=str(page), key=artifact_key("page", recipe), description=f"Report page of {recipe}")
 
 

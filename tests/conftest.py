@@ -52,3 +52,15 @@ def shared_data() -> Path:
     if not (root / "data").is_dir():
         pytest.skip(f"no shared data at {root}: set PESC_SHARED_DATA")
     return root
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory):
+    """A Prefect server of this test session, with a home of its own."""
+    pytest.importorskip("prefect")
+    from prefect.settings import PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    updates = {PREFECT_HOME: tmp_path_factory.mktemp("prefect"), PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    with temporary_settings(updates), prefect_test_harness(server_startup_timeout=180):
+        yield
