@@ -17,6 +17,7 @@ from typing import Any
 
 from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
+from pesc.models.published import convert_config, import_published, is_published
 from pesc.models.tensor_files import (
     SINGLE_NAME,
     TensorDirectory,
@@ -47,6 +48,8 @@ def upcycle_directory(model_dir: Path, out_dir: Path, config: UpcycleConfig, pro
 
     Raises ModelError for a model that is sparse or quantised already, of an unknown architecture, or whose files are not complete.
     """
+    if is_published(read_config(model_dir)):
+        return _import_checked(model_dir, out_dir, config, progress)
     dense = TensorDirectory(model_dir)
     fields = sparse_config_fields(model_dir, config)
     bank = bank_specs(fields["num_hidden_layers"], fields["hidden_size"], config)
@@ -63,6 +66,21 @@ def upcycle_directory(model_dir: Path, out_dir: Path, config: UpcycleConfig, pro
     write_config(out_dir, fields)
     link_companions(model_dir, out_dir)
     return count_parameters(dense.specs, bank, config)
+
+
+def _import_checked(model_dir: Path, out_dir: Path, config: UpcycleConfig, progress) -> dict[str, Any]:
+    """A published sparse checkpoint is converted, not upcycled; the settings must say what it is, as they are what the run records."""
+    fields = read_config(model_dir)
+    found = convert_config(fields, model_dir)["pesc"]
+    for name in ("num_experts", "top_k", "adapter_dim", "scaling"):
+        if found[name] != getattr(config, name):
+            raise ModelError(
+                f"{model_dir} is a trained sparse model with {name} {found[name]}, not {getattr(config, name)}: set upcycle.{name}={found[name]}."
+            )
+    import_published(model_dir, out_dir, progress)
+    specs = TensorDirectory(out_dir).specs
+    bank = {name: spec for name, spec in specs.items() if ".mlp.adapters." in name or ".mlp.router." in name}
+    return count_parameters({name: spec for name, spec in specs.items() if name not in bank}, bank, config)
 
 
 def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, Any]:

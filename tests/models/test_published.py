@@ -1,0 +1,129 @@
+"""Published checkpoints load, and compute what the reference code computed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import pesc.models
+from pesc.errors import ModelError
+from pesc.models.config import UpcycleConfig
+from pesc.models.factory import architecture, sparse_config
+from pesc.models.published import import_published
+from pesc.models.upcycle import upcycle_directory
+from pesc.moe.balance import RouterRecorder
+from pesc.moe.config import PescConfig
+from pesc.moe.layer import set_dispatch, sparse_parameters
+from tests.models.builders import dense_config
+
+pesc.models.register()
+GOLDEN = UpcycleConfig(num_experts=8, top_k=2, adapter_dim=16, scaling=0.25)
+
+
+@pytest.fixture
+def golden(shared_data):
+    return shared_data / "golden/camelidae-tiny"
+
+
+@pytest.mark.parametrize("mode", ["loop", "dense", "grouped"])
+def test_logits_and_routing_equal_the_reference_codes(golden, tmp_path, mode):
+    upcycle_directory(golden, tmp_path, GOLDEN)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    set_dispatch(model, mode)
+    expected = load_file(golden / "expected.safetensors")
+    with torch.no_grad(), RouterRecorder(model) as recorder:
+        logits = model(expected["input_ids"]).logits
+    assert (logits - expected["logits"]).abs().max() <= 5e-5
+    for layer, found in enumerate(recorder.counted().values()):
+        assert (found - expected[f"router_logits.{layer}"]).abs().max() <= 5e-5
+
+
+def test_the_golden_logits_notice_a_wrong_scaling(golden, tmp_path):
+    import_published(golden, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["pesc"]["scaling"] == 0.25
+    fields["pesc"]["scaling"] = 1.0
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    expected = load_file(golden / "expected.safetensors")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(expected["input_ids"]).logits
+    assert (logits - expected["logits"]).abs().max() > 1e-3
+
+
+def save_published(directory, model_type, name_of_expert, published_type, **fields):
+    """A model of ours in the published layout, and the model itself."""
+    torch.manual_seed(1)
+    classes = architecture(model_type)
+    model = classes.causal_lm(sparse_config(dense_config(model_type), PescConfig(4, 2, 8, scaling=fields.get("moe_scaling", 1.0)))).eval()
+    with torch.no_grad():
+        for name, parameter in sparse_parameters(model):
+            if name.endswith("up"):
+                parameter.normal_(std=0.3)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if ".adapters." in name:
+            prefix, part = name.split(".adapters.")
+            for expert, matrix in enumerate(tensor):
+                key = f"{prefix}.moe_adapter.experts.{name_of_expert.format(expert)}.adapter_{part}.weight"
+                tensors[key] = (matrix.T if part == "up" else matrix).contiguous()
+        else:
+            tensors[name.replace(".mlp.router.", ".mlp.moe_adapter.router.")] = tensor
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict()
+    del config["pesc"]
+    config |= {"model_type": published_type, "num_experts": 4, "topk": 2, "adapter_dim": 8, "top_k": 50} | fields
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "modeling_x.py").write_text("raise SystemExit")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expert", "published_type", "fields"),
+    [
+        ("qwen2", "expert_{}", "qwen2idae", {"moe_scaling": 0.25}),
+        ("mistral", "{}", "sparsetral", {}),
+        ("llama", "expert_{}", "llama", {"moe_scaling": 0.5}),
+    ],
+    ids=["qwen2idae", "sparsetral", "re-saved camelidae"],
+)
+def test_every_published_layout_loads(tmp_path, model_type, expert, published_type, fields):
+    model = save_published(tmp_path / "published", model_type, expert, published_type, **fields)
+    (tmp_path / "out").mkdir()
+    block = import_published(tmp_path / "published", tmp_path / "out")
+    assert block["scaling"] == fields.get("moe_scaling", 1.0)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(again) is architecture(model_type).causal_lm
+    ids = torch.arange(12)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_a_lost_expert_and_wrong_settings_are_refused(tmp_path):
+    save_published(tmp_path / "published", "llama", "expert_{}", "camelidae", moe_scaling=0.5)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=r"set upcycle\.num_experts=4"):
+        upcycle_directory(tmp_path / "published", tmp_path / "out", UpcycleConfig())
+    tensors = load_file(tmp_path / "published/model.safetensors")
+    del tensors["model.layers.1.mlp.moe_adapter.experts.expert_3.adapter_up.weight"]
+    save_file(tensors, tmp_path / "published/model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts \[0, 1, 2\] in model\.layers\.1\.mlp\.adapters\.up"):
+        import_published(tmp_path / "published", tmp_path / "out")
+
+
+def test_a_pickle_that_wants_to_run_code_is_not_obeyed(golden, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    shutil.copytree(golden, tmp_path / "copy", copy_function=shutil.copyfile)
+    (tmp_path / "copy").chmod(0o755)
+    torch.save({"x": Payload()}, tmp_path / "copy/pytorch_model-00001-of-00002.bin")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match="not a plain file of tensors"):
+        import_published(tmp_path / "copy", tmp_path / "out")
+    assert not (tmp_path / "pwned").exists()
