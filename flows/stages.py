@@ -66,7 +66,7 @@ def require_inputs(recipe: Recipe, store: Store, selection: Selection) -> None:
     if missing:
         deployments = dict.fromkeys(deployment_name(node.stage.name) for node in missing)
         raise RecipeError(
-            f"{', '.join(selection.only)} of recipe {recipe.name!r} needs {', '.join(node.address for node in missing)}, not in the store {store.root}. "
+            f"{', '.join(selection.only)} of recipe {recipe.name!r} needs {', '.join(node.address for node in missing)}, which the store {store.root} lacks. "
             f"Run the deployments {', '.join(deployments)} first, or give build_missing=true."
         )
 
