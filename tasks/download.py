@@ -7,5 +7,5 @@ from pesc.errors import TransientSourceError
 from tasks.execution import retry_on, stage_task
 
 download = stage_task(
-    "download", retries=3, retry_delay_seconds=[10, 60, 300], retry_jitter_factor=0.5, retry_condition_fn=retry_on(TransientSourceError)
+    "download", retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_on(TransientSourceError)
 )

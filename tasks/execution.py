@@ -69,11 +69,14 @@ def _execute(job: Job, store: Store) -> ArtifactRef:
 
 
 def retry_on(*kinds: type[PescError]) -> Callable[[Any, TaskRun, State], bool]:
-    """A retry condition: the task failed with one of these errors."""
+    """A retry condition: the task failed with one of these errors.  Prefect asks it only while tries are left."""
 
-    def condition(_task: Any, _task_run: TaskRun, state: State) -> bool:
+    def condition(_task: Any, task_run: TaskRun, state: State) -> bool:
         error = state.result(raise_on_failure=False)
-        return isinstance(error, kinds)
+        if isinstance(error, kinds):
+            get_run_logger().warning("%s: %s It will be tried again.", task_run.name, error)
+            return True
+        return False
 
     return condition
 

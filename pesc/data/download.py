@@ -33,7 +33,7 @@ from pesc.data.sources import (
     require_local,
     select_paths,
 )
-from pesc.errors import SourceError
+from pesc.errors import SourceError, TransientSourceError
 from pesc.stage import BuildResult, StageContext
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _explain_pip(output: str, requirement: str, what: str) -> NoReturn:
         last = ", ".join(versions.split(", ")[-5:])
         raise SourceError(f"{what}: there is no wheel of {requirement} for this machine; the last releases that have one are {last}.")
     if _NO_NETWORK.search(output):
-        raise SourceError(
+        raise TransientSourceError(
             f"{what} cannot be fetched: there is no network to the package index. Check the connection and pip's index and proxy settings "
             "(`pip config list`), or point the source at a local copy."
         )
@@ -267,12 +267,14 @@ def _hub_errors(source: HubSource, what: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise SourceError(f"{what}: the hub has no {kind} {source.repo}, or it is private. Check the name. {access}") from None
     except errors.HfHubHTTPError as error:
-        raise SourceError(f"{what}: {_explain_status(error.response.status_code if error.response is not None else None)}") from None
+        status = error.response.status_code if error.response is not None else None
+        kind_of_error = TransientSourceError if status is None or status == 429 or status >= 500 else SourceError
+        raise kind_of_error(f"{what}: {_explain_status(status)}") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, http_error) as error:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise SourceError(f"{what} cannot be fetched: HF_HUB_OFFLINE is set. Unset it, or point the source at a local copy.") from None
         log.debug("hub failure", exc_info=error)
-        raise SourceError(
+        raise TransientSourceError(
             f"{what} cannot be fetched: there is no network to the hub. Check the connection, or point the source at a local copy; "
             "files that are complete are kept, so running again resumes."
         ) from None
