@@ -90,7 +90,9 @@ class Baselines(_Entry):
         if name not in self.benchmarks:
             close = difflib.get_close_matches(name, self.benchmarks, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise EvaluationError(f"A benchmark's baseline is {name!r}, which is no row of the published figures.{hint} Rows: {', '.join(self.benchmarks)}.")
+            raise EvaluationError(
+                f"A benchmark's baseline is {name!r}, which is no row of the published figures.{hint} Rows: {', '.join(self.benchmarks)}."
+            )
         return self.benchmarks[name]
 
 
@@ -100,7 +102,12 @@ def load_baselines() -> Baselines:
     text = (resources.files("pesc.evaluate") / "baselines.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     figures = [
-        {"system": table["system"], "benchmark": benchmark, **{key: table[key] for key in ("source", "date", "note") if key in table}, **figure}
+        {
+            "system": table["system"],
+            "benchmark": benchmark,
+            **{key: table[key] for key in ("source", "date", "note") if key in table},
+            **figure,
+        }
         for table in raw.pop("tables")
         for benchmark, figure in table["figures"].items()
     ]

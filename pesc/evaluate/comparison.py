@@ -140,13 +140,18 @@ Measured = Mapping[tuple[str, str], BenchmarkResult]
 Answers = Mapping[tuple[str, str], Sequence[Sample]]
 
 
-def compare(measured: Measured, answers: Answers, arms: Sequence[str], control: str, systems: Sequence[str], baselines: Baselines) -> Comparison:
+def compare(
+    measured: Measured, answers: Answers, arms: Sequence[str], control: str, systems: Sequence[str], baselines: Baselines
+) -> Comparison:
     """Tables from results and samples, keyed by (arm, benchmark).  Raises EvaluationError for an unknown column or row."""
     benchmarks = tuple(dict.fromkeys(benchmark for _, benchmark in measured))
     for system in systems:
         baselines.require_system(system)
     cells = tuple(
-        _cell(arm, benchmark, measured[arm, benchmark], systems, baselines) for benchmark in benchmarks for arm in arms if (arm, benchmark) in measured
+        _cell(arm, benchmark, measured[arm, benchmark], systems, baselines)
+        for benchmark in benchmarks
+        for arm in arms
+        if (arm, benchmark) in measured
     )
     paired: list[PairedComparison] = []
     means: list[PairedMean] = []
@@ -160,7 +165,13 @@ def compare(measured: Measured, answers: Answers, arms: Sequence[str], control: 
         problems += missing
     verdicts = tuple(v for arm in arms for system in systems if (v := _overall(arm, system, baselines.systems[system].name, cells)))
     return Comparison(
-        arms=tuple(arms), benchmarks=benchmarks, cells=cells, paired=tuple(paired), paired_means=tuple(means), not_paired=tuple(problems), verdicts=verdicts
+        arms=tuple(arms),
+        benchmarks=benchmarks,
+        cells=cells,
+        paired=tuple(paired),
+        paired_means=tuple(means),
+        not_paired=tuple(problems),
+        verdicts=verdicts,
     )
 
 
@@ -195,7 +206,9 @@ def score_interval(result: BenchmarkResult) -> tuple[Literal["wilson", "normal",
     return ("normal", max(0.0, low), min(1.0, high)) if METRIC_KINDS.get(result.metric) else ("normal", low, high)
 
 
-def _compare_figure(result: BenchmarkResult, value: float, low: float, high: float, figure: Figure, baselines: Baselines) -> FigureComparison:
+def _compare_figure(
+    result: BenchmarkResult, value: float, low: float, high: float, figure: Figure, baselines: Baselines
+) -> FigureComparison:
     reasons = comparability(result, figure, baselines)
     verdict: Verdict = "cannot tell"
     if not reasons and low > figure.value:
@@ -254,7 +267,9 @@ def _compare_arms(
     if len(pairs) > 1:
         low, high = percentile_interval(np.mean(means, axis=0) * 100)
         difference = sum(pair.difference for pair in pairs) / len(pairs)
-        mean = PairedMean(arm=arm, control=control, benchmarks=len(pairs), difference=_digits(difference), low=_digits(low), high=_digits(high))
+        mean = PairedMean(
+            arm=arm, control=control, benchmarks=len(pairs), difference=_digits(difference), low=_digits(low), high=_digits(high)
+        )
     return pairs, mean, problems
 
 
@@ -267,7 +282,9 @@ def compare_paired(
     """
     ours, theirs = ({sample.key: sample for sample in samples} for samples in (first, second))
     if ours.keys() != theirs.keys():
-        raise EvaluationError(f"{benchmark}: {arm} and {control} were asked different items ({len(ours.keys() ^ theirs.keys())} differ), so they are not paired.")
+        raise EvaluationError(
+            f"{benchmark}: {arm} and {control} were asked different items ({len(ours.keys() ^ theirs.keys())} differ), so they are not paired."
+        )
     scores = [(ours[key].score, theirs[key].score) for key in sorted(ours)]
     if not scores or any(a is None or b is None for a, b in scores):
         raise EvaluationError(f"{benchmark}: {ours and first[0].task} has no score for each item, so {arm} and {control} are not paired.")
@@ -277,7 +294,12 @@ def compare_paired(
     table: dict[str, int | float | None] = {}
     if all(sample.correct is not None for sample in (*first, *second)):
         kinds = [(ours[key].correct, theirs[key].correct) for key in ours]
-        table = {"both": kinds.count((1, 1)), "only_arm": kinds.count((1, 0)), "only_control": kinds.count((0, 1)), "neither": kinds.count((0, 0))}
+        table = {
+            "both": kinds.count((1, 1)),
+            "only_arm": kinds.count((1, 0)),
+            "only_control": kinds.count((0, 1)),
+            "neither": kinds.count((0, 0)),
+        }
         table["p_value"] = mcnemar_exact(kinds.count((1, 0)), kinds.count((0, 1)))
     pair = PairedComparison(
         arm=arm, control=control, benchmark=benchmark, num_items=len(differences), difference=_digits(100 * sum(differences) / len(differences)),
@@ -292,7 +314,9 @@ def _overall(arm: str, system: str, name: str, cells: Iterable[Cell]) -> Overall
         return None
     counts = {word: said.count(word) for word in ("yes", "no", "cannot tell")}
     overall: Verdict = "no" if counts["no"] else "yes" if counts["yes"] == len(said) else "cannot tell"
-    return OverallVerdict(arm=arm, system=system, name=name, yes=counts["yes"], no=counts["no"], cannot_tell=counts["cannot tell"], outperforms=overall)
+    return OverallVerdict(
+        arm=arm, system=system, name=name, yes=counts["yes"], no=counts["no"], cannot_tell=counts["cannot tell"], outperforms=overall
+    )
 
 
 def _digits(value: float) -> float:

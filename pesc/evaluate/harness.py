@@ -25,7 +25,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import EvaluationError
@@ -56,7 +55,9 @@ def build(ctx: StageContext) -> BuildResult:
         _require_sandbox(loaded)
         model = _load_model(ctx)
         if config.apply_chat_template and not model.tokenizer.chat_template:
-            raise EvaluationError("apply_chat_template is on, but the model's tokenizer has no chat template; turn it off or add chat_template.jinja to the model.")
+            raise EvaluationError(
+                "apply_chat_template is on, but the model's tokenizer has no chat template; turn it off or add chat_template.jinja to the model."
+            )
         loading = time.perf_counter() - started
         raw = _evaluate(config, model, loaded)
     result, samples = summarise(config, loaded, raw, describe_model(model), _template_digest(config, model))
@@ -144,7 +145,9 @@ def _evaluate(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> 
             fewshot_as_multiturn=config.apply_chat_template, confirm_run_unsafe_code=set(loaded["tasks"]) <= OWN_TASKS,
         )  # fmt: skip
     except AssertionError as error:  # lm-eval states its limits with assert: prompts that leave no room, too many examples
-        raise EvaluationError(f"lm-eval cannot run {config.task} with these settings: {str(error).strip() or 'an assertion failed'}") from error
+        raise EvaluationError(
+            f"lm-eval cannot run {config.task} with these settings: {str(error).strip() or 'an assertion failed'}"
+        ) from error
     assert raw is not None, "lm-eval returns nothing only on ranks other than 0"
     return raw
 
@@ -214,9 +217,12 @@ def _measurements(values: Mapping[str, Any] | None, directions: Mapping[str, Any
         better = (directions or {}).get(metric)
         found.append(
             Measurement(
-                metric=metric, filter=filter_name, value=float(value), stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                metric=metric,
+                filter=filter_name,
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
                 higher_is_better=better is not False,
-            )  # fmt: skip
+            )
         )
     return tuple(found)
 
@@ -243,9 +249,13 @@ def _choose(config: BenchmarkConfig, measurements: Sequence[Measurement]) -> Mea
         return found[0]
     if not named:
         there = ", ".join(dict.fromkeys(m.metric for m in measurements)) or "none"
-        raise EvaluationError(f"Task {config.task} does not measure {config.metric!r}; set evaluate.benchmarks.*.metric to one of: {there}.")
+        raise EvaluationError(
+            f"Task {config.task} does not measure {config.metric!r}; set evaluate.benchmarks.*.metric to one of: {there}."
+        )
     filters = ", ".join(m.filter for m in named)
-    raise EvaluationError(f"Metric {config.metric} of task {config.task} comes with the filters {filters}; set evaluate.benchmarks.*.filter to one of them.")
+    raise EvaluationError(
+        f"Metric {config.metric} of task {config.task} comes with the filters {filters}; set evaluate.benchmarks.*.filter to one of them."
+    )
 
 
 def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement) -> Sample:

@@ -1,9 +1,9 @@
 """How sure a measured number is: intervals and tests, exact where that is cheap.
 
-    wilson_interval     Wilson (1927) score interval of a proportion; unlike p ± 1.96 s it stays within [0, 1] and is not empty at 0 of n
-    mcnemar_exact       two-sided exact McNemar test on paired right/wrong answers (binomial on the discordant pairs)
-    paired_bootstrap    percentile interval of a mean paired difference, seeded
-    holm                Holm (1979) step-down adjustment of several p-values
+wilson_interval     Wilson (1927) score interval of a proportion; unlike p ± 1.96 s it stays within [0, 1] and is not empty at 0 of n
+mcnemar_exact       two-sided exact McNemar test on paired right/wrong answers (binomial on the discordant pairs)
+paired_bootstrap    percentile interval of a mean paired difference, seeded
+holm                Holm (1979) step-down adjustment of several p-values
 """
 
 from __future__ import annotations

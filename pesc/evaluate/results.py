@@ -130,7 +130,9 @@ def read_result(folder: Path) -> BenchmarkResult:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise EvaluationError(f"results.json of an evaluation has an unusable field {field} ({first['msg']}); run that evaluation again.") from None
+        raise EvaluationError(
+            f"results.json of an evaluation has an unusable field {field} ({first['msg']}); run that evaluation again."
+        ) from None
 
 
 def read_samples(folder: Path) -> Iterator[Sample]:

@@ -60,7 +60,9 @@ def _open_manager(task: str, folders: list[Path]) -> TaskManager:
     if task not in manager.task_index:
         close = difflib.get_close_matches(task, manager.all_tasks, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise EvaluationError(f"lm-eval knows no task {task!r}.{hint} `lm_eval ls tasks` lists them; this package adds {', '.join(sorted(OWN_TASKS))}.")
+        raise EvaluationError(
+            f"lm-eval knows no task {task!r}.{hint} `lm_eval ls tasks` lists them; this package adds {', '.join(sorted(OWN_TASKS))}."
+        )
     return manager
 
 
@@ -80,7 +82,9 @@ def _leaves(manager: TaskManager, name: str) -> Iterable[str]:
     entry = manager.task_index.get(name)
     if entry is None:
         return
-    members: Iterable[Any] = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", ()) if entry.kind.name == "GROUP" else ()
+    members: Iterable[Any] = (
+        sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", ()) if entry.kind.name == "GROUP" else ()
+    )
     if entry.kind.name not in {"TAG", "GROUP"}:
         yield name
     for member in [members] if isinstance(members, str) else members:
@@ -102,7 +106,9 @@ def _resolve_files(config: BenchmarkConfig, data: Path | None) -> dict[str, str]
             raise EvaluationError(f"Benchmark {config.task} names files but no source; set evaluate.benchmarks.*.source.")
         return {}
     if data is None or not config.files:
-        raise EvaluationError(f"Benchmark {config.task} names the source {config.source!r} but no files in it; set evaluate.benchmarks.*.files (split: file).")
+        raise EvaluationError(
+            f"Benchmark {config.task} names the source {config.source!r} but no files in it; set evaluate.benchmarks.*.files (split: file)."
+        )
     return {split: str(data / file) for split, file in config.files.items()}
 
 
@@ -116,10 +122,14 @@ def _write_override(manager: TaskManager, name: str, files: Mapping[str, str], c
     for split, path in paths.items():
         if not Path(path).is_file():
             given = config.files[split].replace("{subset}", str(subset))
-            raise EvaluationError(f"Source {config.source!r} has no file {given!r} ({split} of task {name}); correct evaluate.benchmarks.*.files or the source's include.")
+            raise EvaluationError(
+                f"Source {config.source!r} has no file {given!r} ({split} of task {name}); correct evaluate.benchmarks.*.files or the source's include."
+            )
     evaluated = stock.get("test_split") or stock.get("validation_split")
     if evaluated not in paths:
-        raise EvaluationError(f"Task {name} is evaluated on its split {evaluated!r}, but evaluate.benchmarks.*.files has only {', '.join(paths)}.")
+        raise EvaluationError(
+            f"Task {name} is evaluated on its split {evaluated!r}, but evaluate.benchmarks.*.files has only {', '.join(paths)}."
+        )
     override: dict[str, Any] = {field: stock[field] if stock.get(field) in paths else None for field in SPLIT_FIELDS if stock.get(field)}
     shots = dict(stock.get("fewshot_config") or {})
     if shots.get("split") and shots["split"] not in paths:
@@ -141,14 +151,18 @@ def _explained(task: str, local: bool) -> Iterable[None]:
     except EvaluationError:
         raise
     except ImportError as error:
-        raise EvaluationError(f"Task {task} needs a package that is not installed ({_first_line(error)}); pip install 'lm-eval[math]' covers the mathematics tasks.") from error
+        raise EvaluationError(
+            f"Task {task} needs a package that is not installed ({_first_line(error)}); pip install 'lm-eval[math]' covers the mathematics tasks."
+        ) from error
     except (UndefinedError, KeyError, IndexError, TypeError, ValueError) as error:
         where = "the files given for it" if local else "its data set"
-        raise EvaluationError(f"Task {task} cannot use the rows of {where} ({type(error).__name__}: {_first_line(error)}); compare their fields with the task's.") from error
+        raise EvaluationError(
+            f"Task {task} cannot use the rows of {where} ({type(error).__name__}: {_first_line(error)}); compare their fields with the task's."
+        ) from error
     except OSError as error:
         raise EvaluationError(
-            f"The items of task {task} cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}); connect this machine, or give the benchmark a "
-            "source with files."
+            f"The items of task {task} cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}); "
+            "connect this machine, or give the benchmark a source with files."
         ) from error
 
 
@@ -169,4 +183,6 @@ def _check_examples(config: BenchmarkConfig, loaded: TaskDict) -> None:
         shots = getattr(task, "fewshot_cfg", None)
         has_own = shots is not None and (shots.split is not None or shots.samples is not None)
         if not (has_own or task.has_training_docs() or task.has_validation_docs()):
-            raise EvaluationError(f"Task {name} has no examples for {wanted}-shot prompts in the given files; add its few-shot split to files, or set num_fewshot: 0.")
+            raise EvaluationError(
+                f"Task {name} has no examples for {wanted}-shot prompts in the given files; add its few-shot split to files, or set num_fewshot: 0."
+            )

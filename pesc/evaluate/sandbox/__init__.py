@@ -119,8 +119,8 @@ def require_isolation() -> Outcome:
     outcome = run_program(_PROBE)
     if not outcome.passed:
         raise EvaluationError(
-            f"The sandbox for model-written code does not hold on this machine ({outcome.status}: {outcome.reason}); no code was run. Use another machine or leave "
-            "the code benchmarks out of the recipe."
+            f"The sandbox for model-written code does not hold on this machine ({outcome.status}: {outcome.reason}); no code was run. "
+            "Use another machine or leave the code benchmarks out of the recipe."
         )
     return outcome
 
@@ -150,7 +150,8 @@ def _run(program: str, limits: Limits) -> Outcome:
 def _supervise(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[str, bool]:
     """Feed the request, drain the output, wait; the whole session is killed at the end whatever happened."""
     kept = bytearray()
-    assert process.stdin and process.stdout
+    assert process.stdin is not None
+    assert process.stdout is not None
     drain = threading.Thread(target=_drain, args=(process.stdout, kept, limits.output_bytes), daemon=True)
     drain.start()
     timed_out = False

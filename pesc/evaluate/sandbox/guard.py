@@ -21,7 +21,18 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ_FILE, _READ_DIR, _EXECUTE = 1 << 2, 1 << 3, 1 << 0
 _ALL_ABI_1 = (1 << 13) - 1
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom", "/dev/zero", "/sys/devices/system/cpu")
+SYSTEM_FOLDERS = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/dev/null",
+    "/dev/urandom",
+    "/dev/zero",
+    "/sys/devices/system/cpu",
+)
 
 
 def set_limits(limits: dict[str, int]) -> None:
@@ -68,7 +79,8 @@ def confine_reads(folder: str) -> bool:
 def _load_filter() -> types.ModuleType:
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "syscall_filter.py")
     spec = importlib.util.spec_from_file_location("syscall_filter", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -33,11 +33,15 @@ def parse_choice(row: dict[str, Any]) -> dict[str, Any]:
     try:
         question, options, answer = row["question"], row["options"], row["answer"]
     except KeyError as error:
-        raise EvaluationError(f"A benchmark row has no {error.args[0]!r} field (it has {', '.join(row)}); this task reads question, options, answer.") from None
+        raise EvaluationError(
+            f"A benchmark row has no {error.args[0]!r} field (it has {', '.join(row)}); this task reads question, options, answer."
+        ) from None
     choices = split_options(options)
     gold = ord(answer.strip()[:1] or "?") - ord("A")
     if not 0 <= gold < len(choices):
-        raise EvaluationError(f"The answer {answer[:30]!r} of {question[:60]!r} does not begin with the letter of one of {len(choices)} options.")
+        raise EvaluationError(
+            f"The answer {answer[:30]!r} of {question[:60]!r} does not begin with the letter of one of {len(choices)} options."
+        )
     return {"question": question.strip(), "choices": choices, "gold": gold}
 
 

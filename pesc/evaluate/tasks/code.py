@@ -27,7 +27,8 @@ MBPP_EXAMPLES: tuple[Document, ...] = (
     {
         "task_id": 3,
         "text": "Write a python function to identify non-prime numbers.",
-        "code": "import math\r\ndef is_not_prime(n):\r\n    result = False\r\n    for i in range(2,int(math.sqrt(n)) + 1):\r\n        if n % i == 0:\r\n            result = True\r\n    return result",
+        "code": "import math\r\ndef is_not_prime(n):\r\n    result = False\r\n"
+        "    for i in range(2,int(math.sqrt(n)) + 1):\r\n        if n % i == 0:\r\n            result = True\r\n    return result",
         "test_list": ["assert is_not_prime(2) == False", "assert is_not_prime(10) == True", "assert is_not_prime(35) == True"],
         "is_fewshot": True,
     },

@@ -1,0 +1,242 @@
+"""Plots of the report as SVG text: the same bytes for the same numbers, no date, no random ids.
+
+Colours of text, axes and grid are marks that `inline` turns into CSS variables, so that a plot inside the page follows light and dark
+mode; a plot written to a file keeps readable fixed ones.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pesc.evaluate.comparison import Comparison
+from pesc.evaluate.records import Training
+
+INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
+ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
+SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+FUNNEL_COLOURS = {"kept": "#009e73"}
+REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
+_STYLE = {
+    "svg.hashsalt": "pesc", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+_WIDTH = 7.6
+
+
+def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
+    """A colour an arm: the kind's own for its first arm, spare ones for more arms of a kind."""
+    spare, taken, colours = iter(SPARE_COLOURS * 8), set(), {}
+    for arm, kind in kinds.items():
+        colours[arm] = ARM_COLOURS[kind] if kind not in taken else next(spare)
+        taken.add(kind)
+    return colours
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
+
+
+def inline(svg: str, prefix: str, label: str) -> str:
+    """The SVG for use inside HTML: ids made unique by `prefix`, colours from CSS variables, a label for screen readers."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
+    body = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
+    for colour, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--line")):
+        body = body.replace(colour, f"var({variable})")
+    body = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", body, count=1)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Each arm's score with its interval, a row a benchmark, and the first published column as a diamond (hollow: not comparable)."""
+    benchmarks = [b for b in comparison.benchmarks if any(c.percent for c in comparison.cells if c.benchmark == b)]
+    colours = arm_colours(kinds)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.15 + (0.24 + 0.17 * len(comparison.arms)) * len(benchmarks)))
+        axes = figure.add_subplot()
+        step = 0.72 / max(1, len(comparison.arms))
+        for index, arm in enumerate(comparison.arms):
+            cells = [(row, cell) for row, b in enumerate(benchmarks) if (cell := comparison.cell(arm, b)) and cell.percent]
+            heights = [row + (index - (len(comparison.arms) - 1) / 2) * step for row, _ in cells]
+            values = [cell.value for _, cell in cells]
+            errors = [[max(0.0, c.value - c.low) for _, c in cells], [max(0.0, c.high - c.value) for _, c in cells]]
+            axes.errorbar(values, heights, xerr=errors, fmt="o", markersize=5, color=colours[arm], elinewidth=1.6, clip_on=False, label=arm)
+        _mark_published(axes, comparison, benchmarks)
+        axes.set_yticks(range(len(benchmarks)), [names.get(b, b) for b in benchmarks])
+        axes.set_ylim(len(benchmarks) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("score in %, bar: 95 % interval")
+        axes.grid(axis="y", visible=False)
+        handles, labels = axes.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda index: labels[index] not in comparison.arms)
+        figure.legend(
+            [handles[i] for i in order], [labels[i] for i in order], loc="outside upper left", ncols=6, handletextpad=0.3, columnspacing=1.4
+        )
+        return _svg(figure)
+
+
+def _mark_published(axes: Any, comparison: Comparison, benchmarks: Sequence[str]) -> None:
+    points: dict[tuple[str, bool], list[tuple[float, int]]] = {}
+    for row, benchmark in enumerate(benchmarks):
+        figures = next((c.figures for c in comparison.cells if c.benchmark == benchmark and c.figures), ())
+        if figures:
+            comparable = any(c.figures[0].comparable for c in comparison.cells if c.benchmark == benchmark and c.figures)
+            points.setdefault((figures[0].name, comparable), []).append((figures[0].value, row))
+    for (name, comparable), found in sorted(points.items()):
+        label = name if comparable else f"{name} (other settings)"
+        xs, ys = [x for x, _ in found], [y for _, y in found]
+        axes.plot(
+            xs,
+            ys,
+            "D",
+            markersize=6,
+            color=INK,
+            markerfacecolor=INK if comparable else "none",
+            label=label,
+            linestyle="none",
+            clip_on=False,
+        )
+
+
+def plot_differences(comparison: Comparison, arm: str, colour: str, names: Mapping[str, str]) -> str:
+    """One arm minus the control, a row a benchmark, with intervals; the mean over benchmarks last."""
+    pairs = [pair for pair in comparison.paired if pair.arm == arm]
+    rows = [(names.get(p.benchmark, p.benchmark), p.difference, p.low, p.high) for p in pairs]
+    rows += [("mean", m.difference, m.low, m.high) for m in comparison.paired_means if m.arm == arm]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.9 + 0.3 * len(rows)))
+        axes = figure.add_subplot()
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for index, (name, value, low, high) in enumerate(rows):
+            filled = colour if name != "mean" else "none"
+            errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar(
+                [value],
+                [index],
+                xerr=errors,
+                fmt="o" if name != "mean" else "D",
+                markersize=6,
+                color=colour,
+                markerfacecolor=filled,
+                elinewidth=1.6,
+            )
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        reach = max([1.0, *(abs(bound) for row in rows for bound in row[2:])]) * 1.1
+        axes.set_xlim(-reach, reach)
+        axes.set_xlabel(f"{arm} minus {pairs[0].control}, percentage points on the same items, bar: 95 % interval")
+        axes.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
+def plot_training(training: Mapping[str, Training], colours: Mapping[str, str]) -> str:
+    """Training loss of the arms, and the load-balancing loss where there is one."""
+    balanced = {arm: run for arm, run in training.items() if run.series("balance")[0]}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.9))
+        panels = figure.subplots(1, 2 if balanced else 1, squeeze=False, width_ratios=[3, 2] if balanced else [1])[0]
+        for key, axes, runs, label in (
+            ("loss", panels[0], training, "training loss in nats per token"),
+            ("balance", panels[-1], balanced, "load-balancing loss"),
+        ):
+            if key == "balance" and not balanced:
+                continue
+            for arm, run in runs.items():
+                steps, values = run.series(key)
+                crowded = len(steps) > 60
+                axes.plot(
+                    steps,
+                    values,
+                    color=colours[arm],
+                    linewidth=0.8 if crowded else 1.5,
+                    alpha=0.3 if crowded else 1,
+                    label=None if crowded else arm,
+                )
+                if crowded:
+                    axes.plot(steps, _smooth(values), color=colours[arm], linewidth=1.6, label=f"{arm} (smoothed)")
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel(label)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=6))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=6)
+        return _svg(figure)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential mean with bias correction."""
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed
+
+
+def plot_expert_load(load: Mapping[str, Any], num_experts: int) -> str:
+    """How even the routing was: layers x steps, the busiest expert's share times the number of experts (1: all equally busy)."""
+    steps, shares = load["steps"], load["max"]
+    columns = _evenly(range(len(steps)), 120)
+    layers = len(shares[0])
+    values = [[shares[column][layer] * num_experts for column in columns] for layer in range(layers)]
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(_WIDTH, min(5.0, 1.3 + 0.075 * layers)))
+        axes = figure.add_subplot()
+        top = max(2.0, min(float(num_experts), max(max(row) for row in values)))
+        image = axes.imshow(
+            values, cmap="viridis", vmin=1, vmax=top, aspect="auto", interpolation="none", extent=(0, len(columns), layers, 0)
+        )
+        ticks = _evenly(range(len(columns)), 8)
+        axes.set_xticks([tick + 0.5 for tick in ticks], [str(steps[columns[tick]]) for tick in ticks])
+        rows = _evenly(range(layers), 8)
+        axes.set_yticks([row + 0.5 for row in rows], [str(row) for row in rows])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("layer")
+        figure.colorbar(image, ax=axes, label="load of the busiest expert\n(1 = all equal)", pad=0.02)
+        return _svg(figure)
+
+
+def _evenly(items: Iterable[int], most: int) -> list[int]:
+    """At most `most` of the items, evenly spaced, first and last among them."""
+    found = list(items)
+    if len(found) <= most:
+        return found
+    return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+
+
+def plot_data(funnel: Sequence[Mapping[str, Any]]) -> str:
+    """What became of each data set's rows: kept, and removed by reason, as shares of the rows read."""
+    reasons = list(dict.fromkeys(reason for entry in funnel for reason in entry["removed"]))
+    colours = dict(zip(reasons, REASON_COLOURS * 2, strict=False))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 1.1 + 0.34 * len(funnel) + 0.17 * ((len(reasons) + 3) // 3)))
+        axes = figure.add_subplot()
+        left = [0.0] * len(funnel)
+        for part in ["kept", *reasons]:
+            rows = [entry["kept"] if part == "kept" else entry["removed"].get(part, 0) for entry in funnel]
+            shares = [100 * count / max(1, entry["read"]) for count, entry in zip(rows, funnel, strict=True)]
+            axes.barh(
+                range(len(funnel)),
+                shares,
+                left=left,
+                height=0.62,
+                color=FUNNEL_COLOURS.get(part) or colours[part],
+                label=f"{part} ({sum(rows):,})",
+            )
+            left = [start + share for start, share in zip(left, shares, strict=True)]
+        axes.set_yticks(range(len(funnel)), [f"{entry['name']}  ({entry['read']:,})" for entry in funnel])
+        axes.set_ylim(len(funnel) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the rows read in %, rows in brackets")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1)
+        return _svg(figure)

@@ -1,0 +1,247 @@
+"""`report`: tables, plots and one self-contained page from everything that the other stages left.
+
+    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], dedup, mix, tokenize (each optional)
+    out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg
+
+Runs without torch. The bytes depend on the inputs alone: no date, no host, seeded resampling, plots without ids that change.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pesc.errors import EvaluationError
+from pesc.evaluate.baselines import Baselines, load_baselines
+from pesc.evaluate.comparison import RULES, Comparison, compare
+from pesc.evaluate.config import ReportConfig
+from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
+from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
+from pesc.evaluate.tables import report_markdown, results_table
+from pesc.stage import BuildResult, StageContext
+
+__all__ = ["build", "results_table"]
+logger = logging.getLogger(__name__)
+KIND_ORDER = ("pesc", "qlora", "dense")
+CLIP = 1200
+"""Characters of a question or an answer shown on the page."""
+
+
+def build(ctx: StageContext) -> BuildResult:
+    """Write the report.  Raises EvaluationError when there is no evaluation, or a baseline is not known."""
+    config: ReportConfig = ctx.config
+    started = time.perf_counter()
+    folders = {parse_address(address)[1]: path for address, path in ctx.inputs.items() if parse_address(address)[0] == "evaluate"}
+    if not folders:
+        raise EvaluationError("The report has no evaluation to show; run the evaluate stage of at least one arm first.")
+    measured: dict[tuple[str, str], BenchmarkResult] = {}
+    answers: dict[tuple[str, str], list[Sample]] = {}
+    for done, (instance, folder) in enumerate(sorted(folders.items()), start=1):
+        arm, _, benchmark = instance.partition("/")
+        measured[arm, benchmark] = read_result(folder)
+        answers[arm, benchmark] = list(read_samples(folder))
+        ctx.progress(done, len(folders) + 1, unit="evaluations", message=instance)
+    records, baselines = read_records(ctx.inputs), load_baselines()
+    measured = in_reading_order(measured, baselines)
+    kinds = arm_kinds(measured, records)
+    comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines)
+    results = collect(config, comparison, measured, records, kinds, baselines)
+    plots = draw(comparison, records, kinds, results)
+    _write(ctx.out, results, plots, choose_samples(answers, comparison.benchmarks, kinds, config.samples_per_benchmark))
+    ctx.progress(len(folders) + 1, len(folders) + 1, unit="evaluations", message="page written")
+    verdicts = {f"{v.arm} vs {v.system}": v.outperforms for v in comparison.verdicts}
+    return BuildResult(metrics={"seconds": round(time.perf_counter() - started, 2), "evaluations": len(folders), "outperforms": verdicts})
+
+
+def in_reading_order(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[tuple[str, str], BenchmarkResult]:
+    """Benchmarks in the order of baselines.yaml, unknown ones last; within one, arms by name."""
+    rows = list(baselines.benchmarks)
+
+    def place(item: tuple[tuple[str, str], BenchmarkResult]) -> tuple[int, str, str]:
+        (arm, benchmark), result = item
+        row = result.settings.baseline or baselines.row_of_task(result.task)
+        return rows.index(row) if row in rows else len(rows), benchmark, arm
+
+    return dict(sorted(measured.items(), key=place))
+
+
+def arm_kinds(measured: Mapping[tuple[str, str], BenchmarkResult], records: Records) -> dict[str, str]:
+    """Arm -> pesc, qlora (dense and trained) or dense; sparse arms first."""
+    kinds = {}
+    for (arm, _), result in measured.items():
+        kinds[arm] = "pesc" if result.model.kind == "pesc" else "qlora" if arm in records.training else "dense"
+    return dict(sorted(kinds.items(), key=lambda item: (KIND_ORDER.index(item[1]), item[0])))
+
+
+def collect(
+    config: ReportConfig,
+    comparison: Comparison,
+    measured: Mapping[tuple[str, str], BenchmarkResult],
+    records: Records,
+    kinds: Mapping[str, str],
+    baselines: Baselines,
+) -> dict[str, Any]:
+    """results.json: everything on the page as plain data."""
+    models = {arm: next(r.model for (a, _), r in measured.items() if a == arm) for arm in kinds}
+    names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
+    if len(set(names.values())) < len(names):  # two settings of one benchmark: the names of the recipe tell them apart
+        names = {benchmark: benchmark for benchmark in names}
+    training = {
+        arm: {"method": run.method, "facts": dict(run.facts), "trainable": list(run.trainable), "settings": dict(run.settings)}
+        for arm, run in records.training.items()
+    }
+    settings = [{"benchmark": benchmark, "arm": arm, **_settings(result)} for (arm, benchmark), result in measured.items()]
+    return {
+        "schema_version": 1, "title": config.title or "Sparse against dense", "control_arm": config.control_arm,
+        "systems": {system: baselines.systems[system].name for system in config.baselines},
+        "system_notes": {baselines.systems[s].name: baselines.systems[s].note for s in config.baselines if baselines.systems[s].note},
+        "names": names, "arms": [{"arm": arm, "kind": kind, **models[arm].model_dump(mode="json", exclude={"kind"})} for arm, kind in kinds.items()],
+        "comparison": comparison.model_dump(mode="json"), "training": training, "proofs": {arm: dict(proof) for arm, proof in records.proofs.items()},
+        "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
+        "settings": settings, "rules": list(RULES),
+    }  # fmt: skip
+
+
+def _row_name(result: BenchmarkResult, baselines: Baselines) -> str | None:
+    row = result.settings.baseline or baselines.row_of_task(result.task)
+    return baselines.benchmarks[row].name if row in baselines.benchmarks else None
+
+
+def _settings(result: BenchmarkResult) -> dict[str, Any]:
+    kept = (
+        "task",
+        "task_version",
+        "metric",
+        "filter",
+        "num_fewshot",
+        "num_items",
+        "num_available",
+        "limit",
+        "generation",
+        "task_hash",
+        "lm_eval_version",
+    )
+    chosen = result.model_dump(mode="json", include=set(kept))
+    return {
+        **{key: chosen[key] for key in kept},
+        "chat_template": result.chat_template_sha256 is not None,
+        "dtype": result.settings.dtype,
+        "seed": result.settings.seed,
+    }
+
+
+def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], results: Mapping[str, Any]) -> dict[str, str]:
+    """SVG of each plot that has something to show, by file stem."""
+    from pesc.evaluate import plots
+
+    colours, names = plots.arm_colours(kinds), results["names"]
+    drawn = {}
+    if any(cell.percent for cell in comparison.cells):
+        drawn["scores"] = plots.plot_scores(comparison, kinds, names)
+    for arm in dict.fromkeys(pair.arm for pair in comparison.paired):
+        drawn[f"differences-{arm}"] = plots.plot_differences(comparison, arm, colours[arm], names)
+    runs = {arm: records.training[arm] for arm in kinds if arm in records.training and records.training[arm].series("loss")[0]}
+    if runs:
+        drawn["training"] = plots.plot_training(runs, colours)
+    for arm, run in runs.items():
+        experts = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {}).get("num_experts")
+        if (load := run.expert_load) and experts:
+            drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts)
+    if results["funnel"]:
+        drawn["data"] = plots.plot_data(results["funnel"])
+    return drawn
+
+
+def choose_samples(
+    answers: Mapping[tuple[str, str], Sequence[Sample]], benchmarks: Sequence[str], kinds: Mapping[str, str], count: int
+) -> list[dict[str, Any]]:
+    """`count` items a benchmark with every arm's answer: those that the arms disagree on first, in the order they were asked."""
+    chosen = []
+    for benchmark in benchmarks:
+        by_arm = {arm: {s.key: s for s in answers[arm, benchmark]} for arm in kinds if (arm, benchmark) in answers}
+        keys = list(next(iter(by_arm.values())))
+        scores = {key: {found[key].score for found in by_arm.values() if key in found} for key in keys}
+        for key in sorted(keys, key=lambda k: len(scores[k]) < 2)[:count]:
+            found = {arm: items[key] for arm, items in by_arm.items() if key in items}
+            first = next(iter(found.values()))
+            chosen.append(
+                {
+                    "benchmark": benchmark,
+                    "task": first.task,
+                    "doc_id": first.doc_id,
+                    "question": _clip(first.question),
+                    "target": _clip(_target(first)),
+                    "answers": [
+                        {"arm": arm, "text": _clip(_answer(s)), "correct": s.correct, "score": s.score} for arm, s in found.items()
+                    ],
+                }
+            )
+    return chosen
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= CLIP else text[: CLIP // 2] + "\n…\n" + text[-CLIP // 2 :]
+
+
+def _target(sample: Sample) -> str:
+    if sample.choices and isinstance(sample.target, int) and 0 <= sample.target < len(sample.choices):
+        return sample.choices[sample.target]
+    return sample.target if isinstance(sample.target, str) else json.dumps(sample.target, ensure_ascii=False)
+
+
+def _answer(sample: Sample) -> str:
+    """The likeliest option with all log-likelihoods, or the generated text with what was made of it."""
+    if sample.choices and len(sample.responses) >= len(sample.choices):
+        values = [response[0] for response in sample.responses[: len(sample.choices)]]
+        likeliest = sample.choices[values.index(max(values))]
+        return f"{likeliest}   (log-likelihoods {', '.join(f'{value:.2f}' for value in values)})"
+    text = "\n".join(str(response) for response in sample.responses)
+    outcome = next(iter(_outcomes(sample.outcome)), None)
+    return f"{text}\n→ {outcome['status']} {outcome['reason']}".rstrip() if outcome else text
+
+
+def _outcomes(value: Any) -> Iterator[Mapping[str, str]]:
+    """Sandbox verdicts, however deep lm-eval wrapped them."""
+    if isinstance(value, Mapping) and "status" in value:
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _outcomes(item)
+
+
+def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(report_markdown(results), encoding="utf-8")
+    (out / "plots").mkdir(exist_ok=True)
+    for name, svg in plots.items():
+        (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    (out / "report.html").write_text(render_page(results, plots, samples), encoding="utf-8")
+
+
+def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The self-contained HTML page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from pesc.evaluate import plots as drawing
+    from pesc.evaluate import tables
+
+    environment = Environment(
+        loader=PackageLoader("pesc.evaluate", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
+        "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
+        "signed": tables.format_signed,
+        "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
+    }  # fmt: skip
+    kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
+    inlined = {name: Markup(drawing.inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
+    page = environment.get_template("report.html.j2")
+    return page.render(
+        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results)
+    )
