@@ -88,13 +88,19 @@ def collect(
     """results.json: everything on the page as plain data."""
     models = {arm: next(r.model for (a, _), r in measured.items() if a == arm) for arm in kinds}
     names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
-    if len(set(names.values())) < len(names):  # two settings of one benchmark: the names of the recipe tell them apart
-        names = {benchmark: benchmark for benchmark in names}
+    taken = list(names.values())  # two settings of one benchmark: the recipe's names tell them apart
+    names = {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
     training = {
         arm: {"method": run.method, "facts": dict(run.facts), "trainable": list(run.trainable), "settings": dict(run.settings)}
         for arm, run in records.training.items()
     }
-    settings = [{"benchmark": benchmark, "arm": arm, **_settings(result)} for (arm, benchmark), result in measured.items()]
+    settings: list[dict[str, Any]] = []
+    for (arm, benchmark), result in measured.items():
+        entry = {"benchmark": benchmark, **_settings(result)}
+        same = next((other for other in settings if {**other, "arms": None} == {**entry, "arms": None}), None)
+        if same is None:
+            settings.append(same := {**entry, "arms": []})
+        same["arms"] = [name for name in kinds if name in (*same["arms"], arm)]
     return {
         "schema_version": 1, "title": config.title or "Sparse against dense", "control_arm": config.control_arm,
         "systems": {system: baselines.systems[system].name for system in config.baselines},
