@@ -19,7 +19,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import tokenization_auto
@@ -29,6 +29,11 @@ from pesc.moe.adapters import AdapterBank
 from pesc.moe.config import PescConfig
 from pesc.moe.layer import widen_mlp
 from pesc.moe.router import Router
+
+if TYPE_CHECKING:
+    _ConfigBase, _ModelBase = PretrainedConfig, PreTrainedModel
+else:
+    _ConfigBase = _ModelBase = object  # the mixins stand before a dense class of their own
 
 PREFIX = "pesc_"
 
@@ -94,7 +99,8 @@ def sparse_config(dense: PretrainedConfig, pesc: PescConfig) -> PretrainedConfig
     fields = dense.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "pesc"):
         fields.pop(name, None)
-    return classes.config(**fields, architectures=[classes.causal_lm.__name__], pesc=pesc.to_dict())
+    fields |= {"architectures": [classes.causal_lm.__name__], "pesc": pesc.to_dict()}
+    return classes.config(**fields)
 
 
 def is_sparse(config: PretrainedConfig | dict[str, Any]) -> bool:
@@ -135,7 +141,7 @@ def _register_tokenizer(classes: Architecture) -> None:
         AutoTokenizer.register(classes.config, tokenizer, exist_ok=True)
 
 
-class _SparseConfigMixin:
+class _SparseConfigMixin(_ConfigBase):
     """The `pesc` block: kept as a plain dict (it is JSON), checked when the config is made."""
 
     def __post_init__(self, **kwargs):
@@ -152,7 +158,7 @@ def read_pesc_config(config: PretrainedConfig) -> PescConfig:
     return PescConfig.from_dict(block)
 
 
-class _SparseModelMixin:
+class _SparseModelMixin(_ModelBase):
     """What every sparse class adds to its dense class: initial values of router and bank."""
 
     def _init_weights(self, module):
@@ -187,12 +193,11 @@ def _make_config(dense: type[PretrainedConfig]) -> type[PretrainedConfig]:
 def _make_model(dense: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     def __init__(self, config):
         pesc = read_pesc_config(config)
-        super(sparse, self).__init__(config)
+        dense.__init__(self, config)
         _widen_layers(self.layers, config, pesc)
         self.post_init()
 
-    sparse = _make_class(dense, config_class, __init__)
-    return sparse
+    return _make_class(dense, config_class, __init__)
 
 
 def _make_causal_lm(
@@ -200,14 +205,13 @@ def _make_causal_lm(
 ) -> type[PreTrainedModel]:
     def __init__(self, config):
         pesc = read_pesc_config(config)
-        super(sparse, self).__init__(config)
+        dense.__init__(self, config)
         # The dense constructor has built the dense base model: it becomes the sparse one in place, as its layers do.
         self.model.__class__ = base
         _widen_layers(self.model.layers, config, pesc)
         self.post_init()
 
-    sparse = _make_class(dense, config_class, __init__)
-    return sparse
+    return _make_class(dense, config_class, __init__)
 
 
 def _make_class(dense: type[PreTrainedModel], config_class: type[PretrainedConfig], init) -> type[PreTrainedModel]:

@@ -44,6 +44,7 @@ class LoraAdapter:
     path: Path
     scaling: float
     rank: int
+    num_parameters: int
     pairs: Mapping[str, tuple[str, str]]
     """Weight name in the model (`model.layers.0.self_attn.q_proj.weight`) -> keys of A and B in the file."""
 
@@ -83,7 +84,7 @@ def read_lora(adapter_dir: Path, model: Mapping[str, TensorSpec]) -> LoraAdapter
         _check_shape(path, keys["B"], header, (out_features, rank), weight)
         pairs[weight] = (keys["A"], keys["B"])
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return LoraAdapter(path, config["lora_alpha"] / divisor, rank, pairs)
+    return LoraAdapter(path, config["lora_alpha"] / divisor, rank, sum(spec.num_elements for spec in header.values()), pairs)
 
 
 def _read_config(adapter_dir: Path) -> dict[str, Any]:

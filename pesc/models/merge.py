@@ -123,7 +123,7 @@ def read_training(trained_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{trained_dir} has no training.json: the training did not finish; run `train` again.")
     training = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(training.get("config"), dict) or not isinstance(training.get("trainable"), dict | list):
+    if not isinstance(training.get("config"), dict) or not isinstance(training.get("trainable"), list):
         raise ModelError(f"{path} lacks `config` or `trainable`: it was written by another version; run `train` again.")
     return training
 
@@ -150,27 +150,21 @@ def _read_bank(path: Path, model: Mapping[str, TensorSpec]) -> dict[str, TensorS
 
 
 def _check_declared(training: Mapping[str, Any], lora: LoraAdapter, bank: Mapping[str, TensorSpec], where: Path) -> None:
-    """What training.json declares as trained is what was saved, tensor by tensor."""
-    saved = {key.replace(".default.", ".") for keys in lora.pairs.values() for key in keys} | set(bank)
-    declared = {_plain_name(name) for name in declared_names(training)}
-    for name in sorted(declared - saved):
-        raise ModelError(f"{where} declares {name} as trained, but it was not saved: merging would lose it; run `train` again.")
-    for name in sorted(saved - declared):
-        raise ModelError(f"{where} holds {name}, which training.json does not declare as trained: files of different runs are mixed.")
-
-
-def declared_names(training: Mapping[str, Any]) -> list[str]:
-    """Parameter names of the trainable table of training.json."""
-    table = training["trainable"]
-    return [entry["name"] for entry in table] if isinstance(table, list) else list(table)
-
-
-def _plain_name(name: str) -> str:
-    """The saved name of a parameter: LoRA matrices keep PEFT's prefix, router and bank have the model's own names."""
-    if ".lora_" in name:
-        plain = name.replace(".default.", ".")
-        return plain if plain.startswith("base_model.model.") else f"base_model.model.{plain}"
-    return name.removeprefix("base_model.model.")
+    """The groups that training.json declares as trained are what was saved: so many tensors, so many parameters."""
+    routers = {name: spec for name, spec in bank.items() if ".mlp.router." in name}
+    banks = {name: spec for name, spec in bank.items() if name not in routers}
+    saved = {"lora": (2 * len(lora.pairs), lora.num_parameters)}
+    saved |= {
+        group: (len(part), sum(s.num_elements for s in part.values())) for group, part in (("bank", banks), ("router", routers)) if part
+    }
+    declared = {row["group"]: (row["tensors"], row["parameters"]) for row in training["trainable"]}
+    for group in sorted(declared.keys() | saved.keys()):
+        (tensors, parameters), (found, kept) = declared.get(group, (0, 0)), saved.get(group, (0, 0))
+        if (tensors, parameters) != (found, kept):
+            raise ModelError(
+                f"{where / 'training.json'} declares {tensors} tensors ({parameters:,} parameters) of the group {group!r} as trained, but {found} "
+                f"({kept:,}) were saved: a part is lost, or files of different runs are mixed; run `train` again."
+            )
 
 
 def write_merged(

@@ -29,15 +29,15 @@ def quantization_config(compute_dtype: str) -> Any:
 def quantized_weights(fields: dict[str, Any]) -> set[str]:
     """Names of the weights that loading a model of this config.json in 4 bit quantises; asked of transformers itself, on the meta device."""
     import torch
-    from bitsandbytes.nn import Linear4bit
-    from transformers.integrations import replace_with_bnb_linear
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     from pesc.models.factory import causal_lm_of
 
     with torch.device("meta"):
         model = causal_lm_of(fields)
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=quantization_config("bfloat16"))
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 

@@ -105,21 +105,23 @@ def _apply_training(model: Any, parts: MergeParts) -> Any:
 
 def _run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """Per prompt: `logits` [S, V] and, by router, the sorted chosen experts [S, K]."""
-    from contextlib import nullcontext
+    from pesc.moe.layer import sparse_parameters
 
+    if next(sparse_parameters(model), None) is None:
+        return [{"logits": model(input_ids=ids, use_cache=False).logits[0]} for ids in tokens]
+    return [_run_recorded(model, ids) for ids in tokens]
+
+
+def _run_recorded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     from pesc.moe.balance import RouterRecorder
-    from pesc.moe.router import Router, select_experts
+    from pesc.moe.router import select_experts
 
-    sparse = any(isinstance(module, Router) for module in model.modules())
-    results = []
-    for ids in tokens:
-        with RouterRecorder(model) if sparse else nullcontext() as recorder:
-            result = {"logits": model(input_ids=ids, use_cache=False).logits[0]}
-        for name, logits in recorder.counted().items() if sparse else ():
-            index = select_experts(logits, recorder.routers[name].top_k)[0]
-            result[name.removeprefix("base_model.model.")] = index.sort(dim=-1).values
-        results.append(result)
-    return results
+    with RouterRecorder(model) as recorder:
+        result = {"logits": model(input_ids=ids, use_cache=False).logits[0]}
+    for name, logits in recorder.counted().items():
+        index = select_experts(logits, recorder.routers[name].top_k)[0]
+        result[name.removeprefix("base_model.model.")] = index.sort(dim=-1).values
+    return result
 
 
 def _compare_weights(reference: Any, merged_dir: Path, dtype: str) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _read_stacked(source: TensorDirectory | PickleDirectory, parts: list[str], t
 
 def main() -> None:
     """Command line of this module: convert one published checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

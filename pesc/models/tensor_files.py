@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
 
@@ -138,7 +138,8 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
     """
     import torch
 
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, spec in specs.items():
         header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.num_bytes]}
         offset += spec.num_bytes
@@ -150,7 +151,7 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
             tensor = make(name).detach().cpu().contiguous()
             if tuple(tensor.shape) != spec.shape or dtype_code(str(tensor.dtype).removeprefix("torch.")) != spec.dtype:
                 raise ValueError(f"{name} was announced as {spec}, but is {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         file.flush()
         os.fsync(file.fileno())
 

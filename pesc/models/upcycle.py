@@ -179,12 +179,12 @@ def count_parameters(dense: dict[str, TensorSpec], bank: dict[str, TensorSpec], 
 
 def main() -> None:
     """Command line of this module: convert one directory with the default settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("dense", type=Path)
     parser.add_argument("sparse", type=Path)
     arguments = parser.parse_args()
     arguments.sparse.mkdir(parents=True)
-    for name, value in upcycle_directory(arguments.dense, arguments.sparse, UpcycleConfig()).items():
+    for name, value in upcycle_directory(arguments.dense, arguments.sparse, UpcycleConfig.model_validate({})).items():
         print(f"{name:20} {value:,}")
 
 

@@ -90,7 +90,11 @@ def save_trained(model_dir: Path, directory: Path, steps: int = 6, quantization:
         save_file(
             {name: p.detach().to(torch.bfloat16).contiguous() for name, p in bank.items()}, directory / "bank.safetensors", {"format": "pt"}
         )
-    trainable = [{"name": name, "shape": list(p.shape)} for name, p in model.named_parameters() if p.requires_grad]
+    groups = {"lora": [], "bank": [], "router": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["lora" if ".lora_" in name else "router" if ".router." in name else "bank"].append(parameter.numel())
+    trainable = [{"group": group, "tensors": len(sizes), "parameters": sum(sizes)} for group, sizes in groups.items() if sizes]
     training = {
         "config": {"method": "pesc" if bank else "qlora", "quantization": quantization, "compute_dtype": "bfloat16"},
         "trainable": trainable,
