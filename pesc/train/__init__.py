@@ -7,7 +7,8 @@ What it is
     blocks.py       packed blocks, memory-mapped      order.py       which block is read when
     collator.py     blocks -> one micro-batch         loss.py        cross-entropy over the supervised tokens
     modeling.py     model, LoRA, what is trainable    optimizer.py   optimizer and learning-rate schedule
-    trainer.py      the step                          callbacks.py   stop requests, dead gradients, progress, history
+    trainer.py      the step                          callbacks.py   dead gradients, the numbers of a step, history
+    stop.py         a wish to stop, until the step ends
     deepspeed.py    ZeRO settings                     checkpoints.py complete checkpoints, and which ones can be continued
     result.py       the adapter, the bank, the record of the run
 

@@ -22,6 +22,7 @@ from pesc.launch.guard import die_with_parent
 from pesc.launch.isolated import configure_logging
 from pesc.launch.supervise import record_pid
 from pesc.train.job import Job, Status, read_job, record_error, write_status
+from pesc.train.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,6 @@ def main(job_path: Path) -> int:
 
 
 def _train(job: Job, rank: int) -> None:
-    from pesc.train.callbacks import StopRequest
-
     started = time.monotonic()
     stop = StopRequest(job.stop_file)
     _report(rank, job, 0, "loading the model")

@@ -21,12 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pesc.errors import TrainingFailedError
 from pesc.moe.balance import RouterRecorder
 from pesc.train import checkpoints
-from pesc.train.callbacks import GradientWatch, History, StepTotals, StopRequest, Throughput
+from pesc.train.callbacks import GradientWatch, History, StepTotals, Throughput
 from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
 from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule
 from pesc.train.order import RankBatches, derive_seed
+from pesc.train.stop import StopRequest
 
 
 class PescTrainer(Trainer):

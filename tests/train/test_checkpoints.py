@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from pesc.errors import TrainingFailedError
+from pesc.train.checkpoints import MARKER, Layout, checkpoint_path, clean, find_complete, mark_complete, require_same_layout
+
+LAYOUT = Layout(world_size=2, zero_stage=2)
+
+
+def make(root, step, complete=True):
+    path = checkpoint_path(root, step)
+    path.mkdir(parents=True)
+    (path / "weights").write_text("w")
+    if complete:
+        mark_complete(path, LAYOUT)
+    return path
+
+
+def test_only_complete_checkpoints_count_in_order_of_steps(tmp_path):
+    for step in (100, 20, 3):
+        make(tmp_path, step)
+    make(tmp_path, 200, complete=False)
+    (make(tmp_path, 300, complete=False) / MARKER).write_text("")  # torn by a power cut
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-4").touch()
+    assert [(c.step, c.layout) for c in find_complete(tmp_path)] == [(3, LAYOUT), (20, LAYOUT), (100, LAYOUT)]
+    assert find_complete(tmp_path / "nowhere") == []
+
+
+def test_cleaning_keeps_the_newest_and_removes_halves(tmp_path):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    make(tmp_path, 4, complete=False)
+    clean(tmp_path)
+    assert [c.step for c in find_complete(tmp_path)] == [1, 2, 3]
+    assert not checkpoint_path(tmp_path, 4).exists()
+    clean(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_another_layout_is_refused_with_both_ways_out(tmp_path):
+    make(tmp_path, 40)
+    (checkpoint,) = find_complete(tmp_path)
+    require_same_layout(checkpoint, LAYOUT, "train[pesc]")
+    with pytest.raises(TrainingFailedError) as caught:
+        require_same_layout(checkpoint, Layout(1, 3), "train[pesc]")
+    sentence = str(caught.value)
+    assert "train[pesc] has a checkpoint at step 40 written with 2 ranks and ZeRO 2, which 1 rank and ZeRO 3 cannot continue" in sentence
+    assert "execution.zero_stage=2" in sentence
+    assert f"delete {tmp_path}" in sentence
