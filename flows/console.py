@@ -26,6 +26,7 @@ from flows.chain import open_store
 from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption, Until
 from pesc.console import render_report
 from pesc.errors import PescError
+from pesc.recipe import load_recipe
 from pesc.run import Outcome
 from pesc.store import Store
 from tasks.reporting import seconds_text
@@ -51,6 +52,7 @@ def run(
     """Run a recipe as a Prefect flow, and print the results table and the report's path."""
     from flows.pipeline import pipeline
 
+    load_recipe(recipe, overrides or ())  # a wrong one is told at once, before any server starts
     place = open_store(str(store) if store else None)
     with _server_settings():
         outcomes = pipeline(

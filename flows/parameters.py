@@ -6,11 +6,11 @@ bounds, choices and descriptions are those of `pesc`, and a field that does not 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from pesc.pipeline import STAGE_NAMES
@@ -43,14 +43,19 @@ def _optional_type(annotation: Any) -> Any:
 
 
 def as_overrides(settings: BaseModel | Mapping[str, BaseModel] | None, block: str = "") -> list[str]:
-    """The given settings as overrides (`train={"learning_rate": 0.0001}`), for the recipe's block or for the whole recipe.
+    """The given settings as overrides (`train={learning_rate: 0.0001}`), for the recipe's block or for the whole recipe.
 
     What is None is left as the recipe has it; to set a value to null, write the override out.
     """
     given = {name: _given(item) for name, item in settings.items()} if isinstance(settings, Mapping) else _given(settings)
     if block:
         given = {block: given} if given else {}
-    return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    return [f"{name}={_flow_yaml(value)}" for name, value in given.items()]
+
+
+def _flow_yaml(value: Any) -> str:
+    """One line of YAML (JSON's escapes are not all YAML's)."""
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
 
 
 def _given(settings: BaseModel | None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def progress(fakes, tiny_recipe, monkeypatch, caplog):
     monkeypatch.setattr(reporting, "create_progress_artifact", lambda percent, **_: shown.append(percent) or uuid4())
     monkeypatch.setattr(reporting, "update_progress_artifact", lambda _id, percent, **_: shown.append(percent))
     caplog.set_level(logging.INFO)
-    return reporting.ProgressReport(job, logging.getLogger("pesc.test"), lambda: clock[0]), clock, shown
+    return reporting.ProgressReport(job, logging.getLogger("progress"), lambda: clock[0]), clock, shown
 
 
 def test_progress_is_shown_now_and_then_and_at_the_end(progress, caplog):

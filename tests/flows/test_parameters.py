@@ -1,0 +1,63 @@
+"""Typed parameters: what the UI's form offers, and what the server refuses."""
+
+import json
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prefect.utilities.callables import parameter_schema
+from pydantic import ValidationError
+
+from flows import stages
+from flows.parameters import ExecutionSettings, RecipeSettings, as_overrides, stage_settings
+from flows.pipeline import pipeline
+from pesc.pipeline import STAGE_NAMES
+from pesc.recipe import load_recipe, recipe_names
+
+
+def test_a_field_that_does_not_exist_is_refused_at_every_depth():
+    for wrong in ({"trane": {}}, {"train": {"learning_ratee": 1}}, {"train": {"lora": {"r": 8}}}, {"sources": {"x": {"url": "y"}}}):
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            RecipeSettings.model_validate(wrong)
+
+
+def test_bounds_and_choices_are_those_of_the_recipe():
+    for wrong in ({"learning_rate": 0}, {"optimizer": "sgd"}, {"lora": {"rank": 0}}):
+        with pytest.raises(ValidationError):
+            stage_settings("train").__args__[0].model_validate(wrong)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_complete_recipe_is_a_valid_parameter_and_changes_nothing(name):
+    recipe = load_recipe(name)
+    complete = RecipeSettings.model_validate(recipe.model_dump(mode="json", exclude_unset=True))
+    assert load_recipe(name, as_overrides(complete)) == recipe
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rate=st.floats(min_value=1e-12, max_value=1e3), rank=st.integers(min_value=1, max_value=10**6), text=st.text())
+def test_values_survive_the_way_through_an_override(recipe_file, rate, rank, text):
+    given_settings = {"train": {"learning_rate": rate, "lora": {"rank": rank}}, "report": {"title": text}}
+    recipe = load_recipe(recipe_file, as_overrides(RecipeSettings.model_validate(given_settings)))
+    assert (recipe.train.learning_rate, recipe.train.lora.rank, recipe.report.title) == (rate, rank, text)
+    assert recipe.train.lora.alpha == load_recipe(recipe_file).train.lora.alpha
+
+
+def test_nothing_given_changes_nothing():
+    assert as_overrides(None) == as_overrides(None, "train") == as_overrides(RecipeSettings()) == as_overrides({}, "sources") == []
+    assert as_overrides(ExecutionSettings(num_processes=2), "execution") == ["execution={num_processes: 2}"]
+
+
+@pytest.mark.parametrize("flow", [pipeline, *(getattr(stages, name) for name in STAGE_NAMES)], ids=lambda flow: flow.name)
+def test_the_form_describes_every_parameter_and_is_closed(flow):
+    schema = parameter_schema(flow).model_dump()
+    assert all(item.get("description") for item in schema["properties"].values())
+    assert schema["required"] == []
+    models = [item for item in schema["definitions"].values() if item.get("type") == "object"]
+    assert models
+    assert all(item["additionalProperties"] is False for item in models)
+    document = {**json.loads(json.dumps(schema)), "additionalProperties": False}
+    jsonschema.validate({"recipe": "demo"}, document)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"settings": {"no_such_setting": {"x": 1}}, "recipe": "demo", "nor_this": 1}, document)
