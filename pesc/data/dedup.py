@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,11 +198,24 @@ def _drop_exact(rows: list[Conversation], ledger: Ledger) -> list[Conversation]:
     return kept
 
 
+class _Texts(Sequence[str]):
+    """The rows' texts, made when asked for: all of them at once would double the memory."""
+
+    def __init__(self, rows: Sequence[Conversation]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._rows[place].text
+
+
 def _drop_near(rows: list[Conversation], ctx: StageContext, ledger: Ledger) -> list[Conversation]:
     config: DedupConfig = ctx.config
     rows = sorted(rows, key=survival_order)
     found = find_near_duplicates(
-        [row.text for row in rows],
+        _Texts(rows),
         threshold=config.near_duplicate_threshold,
         ngram=config.ngram_words,
         permutations=config.num_permutations,

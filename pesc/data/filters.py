@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
 
 from pesc.data.config import FilterConfig
 from pesc.data.conversation import Conversation
@@ -63,23 +66,23 @@ def has_loop(answer: str) -> bool:
     Phrases without a word of three letters (rows of numbers, ASCII tables) do not count.
     """
     words = answer.split()
-    if len(words) < LOOP_WORDS or len(set(words)) > len(words) * (1 - LOOP_SHARE) + LOOP_PERIOD:
-        return False
     needed = max(LOOP_WORDS, int(len(words) * LOOP_SHARE))
-    return any(_longest_run(words, period) >= max(needed, LOOP_REPEATS * period) for period in range(1, LOOP_PERIOD + 1))
+    if len(words) < LOOP_WORDS or len(words) - len(set(words)) < needed * (1 - 1 / LOOP_REPEATS):
+        return False
+    numbers: dict[str, int] = {}
+    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words])
+    return any(_repeats(words, ids, period, max(needed, LOOP_REPEATS * period)) for period in range(1, LOOP_PERIOD + 1))
 
 
-def _longest_run(words: list[str], period: int) -> int:
-    """Words in the longest stretch that repeats with this period."""
-    longest = run = end = 0
-    for index in range(period, len(words)):
-        run = run + 1 if words[index] == words[index - period] else 0
-        if run > longest:
-            longest, end = run, index
-    phrase = words[end - period + 1 : end + 1]
-    if not longest or not any(sum(map(str.isalpha, word)) >= 3 for word in phrase):
-        return 0
-    return longest + period
+def _repeats(words: list[str], ids: np.ndarray, period: int, needed: int) -> bool:
+    """Whether a stretch of at least `needed` words repeats with this period, and holds a word of three letters."""
+    same = ids[period:] == ids[:-period]
+    if np.count_nonzero(same) + period < needed:
+        return False
+    breaks = np.flatnonzero(np.concatenate(([True], ~same, [True])))
+    longest = int(np.argmax(np.diff(breaks)))
+    start, length = int(breaks[longest]), int(breaks[longest + 1] - breaks[longest]) - 1 + period
+    return length >= needed and any(sum(map(str.isalpha, word)) >= 3 for word in words[start : start + period])
 
 
 def has_unclosed_code(answer: str) -> bool:
@@ -95,8 +98,10 @@ def has_unclosed_code(answer: str) -> bool:
 
 def copies_prompt(row: Conversation) -> bool:
     """Whether an answer is its own prompt again."""
-    turns = zip(row.messages, row.messages[1:], strict=False)
-    return any(
-        answer.role == "assistant" and before.role != "system" and normal_form(before.content) == normal_form(answer.content)
-        for before, answer in turns
-    )
+    turns = [(before.content, answer.content) for before, answer in pairwise(row.messages) if answer.role == "assistant"]
+    return any(_first_word(prompt) == _first_word(answer) and normal_form(prompt) == normal_form(answer) for prompt, answer in turns)
+
+
+def _first_word(text: str) -> str:
+    """Cheap to compare before whole texts are normalised."""
+    return normal_form((text.split(None, 1) or [""])[0])

@@ -20,6 +20,8 @@ from pesc.data.text import words
 RECALL = 0.99
 """Least probability that a pair exactly at the threshold shares a band."""
 BATCH = 20_000
+_REMEMBERED = 8192
+"""Rows whose shingles are kept at hand; a set of them takes tens of kilobytes."""
 _ESTIMATE_SLACK = 0.2
 """Proposals whose estimated similarity is this far below the threshold are not verified (about four standard errors)."""
 
@@ -78,7 +80,7 @@ def find_near_duplicates(
         ngram_range=(ngram, ngram),
     )
 
-    @lru_cache(maxsize=50_000)
+    @lru_cache(maxsize=_REMEMBERED)
     def shingles_of(row: int) -> frozenset[tuple[str, ...]]:
         return shingles(words(texts[row]), ngram)
 
