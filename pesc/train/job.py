@@ -23,6 +23,9 @@ from pesc.stage import Execution
 from pesc.train.config import TrainConfig
 
 State = Literal["finished", "interrupted"]
+_WEIGHT = {"out of memory": 1, "": 2, "lost peer": 3}
+_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_PEER_SIGNS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited", "ncclremoteerror")
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def read_status(work: Path) -> Status | None:
 
 @dataclass(frozen=True)
 class RankError:
-    """An exception of one rank.  kind: the PescError's class, "out of memory", or "" for a defect."""
+    """An exception of one rank.  kind: the PescError's class, "out of memory", "lost peer" (another rank ended first), or "" for a defect."""
 
     rank: int
     kind: str
@@ -119,20 +122,24 @@ class RankError:
 def record_error(folder: Path, rank: int, error: BaseException) -> None:
     """Leave an exception for the stage."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = type(error).__name__ if isinstance(error, PescError) else "out of memory" if _is_out_of_memory(error) else ""
+    kind = _kind_of(error)
     trace = "".join(traceback.format_exception(error))
     write_json(folder / f"rank_{rank}.json", {"rank": rank, "kind": kind, "message": str(error), "trace": trace})
 
 
 def read_errors(folder: Path) -> list[RankError]:
-    """The exceptions of all ranks: the user's errors first, then memory, then defects; within a kind the earliest."""
+    """The exceptions of all ranks: the user's errors first, then memory, then defects, then lost peers; within a kind the earliest."""
     errors = [RankError(**json.loads(path.read_text(encoding="utf-8")), time=path.stat().st_mtime) for path in folder.glob("rank_*.json")]
-    return sorted(errors, key=lambda e: (e.kind == "", e.kind == "out of memory", e.time))
+    return sorted(errors, key=lambda e: (_WEIGHT.get(e.kind, 0), e.time))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+def _kind_of(error: BaseException) -> str:
+    text = str(error).lower()
+    if isinstance(error, PescError):
+        return type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text for sign in _MEMORY_SIGNS):
+        return "out of memory"
+    return "lost peer" if any(sign in text for sign in _PEER_SIGNS) else ""
 
 
 def write_json(path: Path, value: Any) -> None:

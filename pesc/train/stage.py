@@ -144,7 +144,8 @@ def _conclude(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_path:
         if status.reason == "signal":
             raise PreemptedError(f"{kept} (the training processes were told to stop).")
         raise InterruptedStageError(f"{kept} (asked by {job.stop_file}).")
-    if rank_errors := read_errors(job.errors):
+    rank_errors = read_errors(job.errors)
+    if rank_errors and rank_errors[0].kind != "lost peer":  # else: what ended the peer is the cause, and it left no word
         raise _error_of(ctx, rank_errors[0], log_path)
     raise _unexplained(ctx, job, outcome, log_path)
 

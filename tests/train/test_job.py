@@ -29,18 +29,20 @@ def test_a_status_survives_its_file(tmp_path):
 def test_the_error_that_matters_comes_first(tmp_path):
     """The ranks that lost their peer fail too, maybe earlier."""
     errors = {
-        0: RuntimeError("connection closed by peer"),
+        0: RuntimeError("gloo: Connection closed by peer [127.0.0.1]"),
         1: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
         2: DataError("block 3 is broken."),
+        3: ZeroDivisionError("a defect"),
     }
     for rank, error in errors.items():
         record_error(tmp_path, rank, error)
         os.utime(tmp_path / f"rank_{rank}.json", (100 + rank, 100 + rank))
-    first, second, third = read_errors(tmp_path)
+    first, second, third, last = read_errors(tmp_path)
     assert (first.kind, first.message, first.rank) == ("DataError", "block 3 is broken.", 2)
     assert (second.kind, second.rank) == ("out of memory", 1)
-    assert (third.kind, third.rank) == ("", 0)
-    assert "RuntimeError: connection closed by peer" in third.trace
+    assert (third.kind, third.rank) == ("", 3)
+    assert "ZeroDivisionError: a defect" in third.trace
+    assert (last.kind, last.rank) == ("lost peer", 0)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])

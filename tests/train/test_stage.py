@@ -138,6 +138,12 @@ def test_an_end_without_a_word_is_explained(context, outcome, kind, sentence):
         conclude(context, outcome)
 
 
+def test_a_rank_that_lost_its_peer_does_not_hide_what_ended_the_peer(context):
+    record_error(context.work / "errors", 0, RuntimeError("gloo: Connection closed by peer [127.0.0.1]:22719"))
+    with pytest.raises(TrainingFailedError, match=r"was killed \(SIGKILL\)"):
+        conclude(context, Outcome(1, "traceback : Signal 9 (SIGKILL) received by PID 7"))
+
+
 def test_a_kept_checkpoint_is_mentioned(context):
     path = checkpoints.checkpoint_path(context.work / "checkpoints", 2)
     path.mkdir(parents=True)
