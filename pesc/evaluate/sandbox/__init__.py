@@ -134,7 +134,7 @@ def _run(program: str, limits: Limits) -> Outcome:
         process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-B", str(GUARD), str(write_fd)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, pass_fds=(write_fd,),
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
         )  # fmt: skip
         os.close(write_fd)
         request = json.dumps({"program": program, "token": token, "limits": asdict(limits)}).encode()

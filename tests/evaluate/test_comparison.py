@@ -1,0 +1,122 @@
+"""What may be said about two arms, and about a published figure."""
+
+from __future__ import annotations
+
+import pytest
+
+from pesc.errors import EvaluationError
+from pesc.evaluate.baselines import load_baselines
+from pesc.evaluate.comparison import comparability, compare, compare_paired, score_interval
+from tests.evaluate.builders import make_result, make_samples
+
+BASELINES = load_baselines()
+
+
+def run(results, answers=None, systems=("gpt-3.5",), control="qlora"):
+    arms = tuple(dict.fromkeys(arm for arm, _ in results))
+    return compare(results, answers or {}, arms, control, systems, BASELINES)
+
+
+def mmlu(right: int, total: int = 14042, **changes):
+    return make_result([1] * right + [0] * (total - right), **changes)
+
+
+def test_same_settings_and_an_interval_above_the_figure_outperform():
+    comparison = run({("pesc", "mmlu"): mmlu(10100)})  # 71.9 %
+    figure = comparison.cells[0].figures[0]
+    assert (figure.comparable, figure.outperforms, figure.reasons) == (True, "yes", ())
+    assert comparison.verdicts[0].outperforms == "yes"
+
+
+def test_an_interval_below_the_figure_does_not_outperform():
+    assert run({("pesc", "mmlu"): mmlu(9600)}).cells[0].figures[0].outperforms == "no"
+
+
+def test_an_interval_around_the_figure_cannot_tell():
+    assert run({("pesc", "mmlu"): mmlu(9840)}).cells[0].figures[0].outperforms == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (mmlu(14042, shots=0), "0-shot, the figure is 5-shot"),
+        (mmlu(100, 100, available=14042), "100 of 14,042 items"),
+        (mmlu(2850, 2850, task="pesc_mmlu"), "another selection or form"),
+        (mmlu(14079, 14079), "14,079 items where MMLU has 14,042"),
+        (mmlu(14042, metric="f1"), "f1, the figure is accuracy"),
+    ],
+)
+def test_other_settings_are_named_and_never_outperform(result, reason):
+    figure = run({("pesc", "mmlu"): result}).cells[0].figures[0]
+    assert not figure.comparable
+    assert any(reason in text for text in figure.reasons)
+    assert figure.outperforms == "cannot tell"
+
+
+def test_a_figure_without_a_published_number_of_examples_is_not_comparable():
+    figure = BASELINES.figure("gpt-3.5-turbo-0613", "arc_challenge")
+    reasons = comparability(make_result([1] * 1172, task="arc_challenge", metric="acc_norm"), figure, BASELINES)
+    assert reasons == ("5-shot, the figure's number of examples is not published",)
+
+
+def test_exact_match_is_accuracy_on_gsm8k():
+    result = make_result([1] * 1319, task="gsm8k", metric="exact_match")
+    assert comparability(result, BASELINES.figure("gpt-3.5", "gsm8k"), BASELINES) == ()
+
+
+def test_overall_one_no_is_no_and_all_yes_is_yes():
+    better = {("pesc", "mmlu"): mmlu(10500), ("pesc", "gsm8k"): make_result([1] * 1000 + [0] * 319, task="gsm8k", metric="exact_match")}
+    assert run(better).verdicts[0].outperforms == "yes"
+    worse = {**better, ("pesc", "gsm8k"): make_result([1] * 100 + [0] * 1219, task="gsm8k", metric="exact_match")}
+    verdict = run(worse).verdicts[0]
+    assert (verdict.yes, verdict.no, verdict.outperforms) == (1, 1, "no")
+
+
+def test_intervals_are_wilsons_for_shares_and_normal_for_means_of_subtasks():
+    assert score_interval(make_result([1, 0, 1, 1]))[0] == "wilson"
+    kind, low, high = score_interval(make_result([1, 0, 1, 1], value=0.6, stderr=0.3))
+    assert (kind, low, high) == ("normal", pytest.approx(0.012, abs=1e-3), 1.0)
+    assert score_interval(make_result([1, 0], num_correct=None, stderr=None))[0] == "none"
+
+
+def test_paired_counts_and_p_value():
+    first, second = [1] * 9 + [0] * 4 + [1] * 20 + [0] * 7, [0] * 9 + [1] * 4 + [1] * 20 + [0] * 7
+    pair, _ = compare_paired("pesc", "qlora", "mmlu", make_samples(first), make_samples(second), seed=1)
+    assert (pair.only_arm, pair.only_control, pair.both, pair.neither) == (9, 4, 20, 7)
+    assert pair.p_value == pytest.approx(0.26684570)  # 2 * P(X <= 4), X ~ Binomial(13, 1/2) = 2 * 1093 / 8192
+    assert pair.difference == pytest.approx(12.5)
+    assert pair.low < 12.5 < pair.high
+
+
+def test_pairs_do_not_depend_on_the_order_of_samples():
+    first, second = make_samples([1, 0, 1, 1, 0, 0]), make_samples([0, 0, 1, 0, 1, 0])
+    straight, _ = compare_paired("a", "b", "x", first, second, seed=5)
+    turned, _ = compare_paired("a", "b", "x", first[::-1], second, seed=5)
+    assert straight == turned
+
+
+def test_different_items_are_not_paired():
+    with pytest.raises(EvaluationError, match="different items"):
+        compare_paired("a", "b", "x", make_samples([1, 0]), make_samples([1, 0, 1]), seed=1)
+    comparison = run(
+        {("pesc", "mmlu"): make_result([1, 0]), ("qlora", "mmlu"): make_result([1, 0, 1])},
+        {("pesc", "mmlu"): make_samples([1, 0]), ("qlora", "mmlu"): make_samples([1, 0, 1])},
+    )
+    assert comparison.paired == ()
+    assert "different items" in comparison.not_paired[0]
+
+
+def test_mean_over_benchmarks_counts_each_once():
+    answers = {
+        ("pesc", "mmlu"): make_samples([1] * 10), ("qlora", "mmlu"): make_samples([1] * 8 + [0] * 2),
+        ("pesc", "gsm8k"): make_samples([0] * 100, "gsm8k"), ("qlora", "gsm8k"): make_samples([1] * 10 + [0] * 90, "gsm8k"),
+    }  # fmt: skip
+    results = {key: make_result([s.correct for s in samples], task=key[1]) for key, samples in answers.items()}
+    mean = run(results, answers).paired_means[0]
+    assert (mean.benchmarks, mean.difference) == (2, pytest.approx(5.0))
+
+
+def test_no_control_means_no_pairs_but_all_scores():
+    comparison = run({("pesc", "mmlu"): make_result([1, 0])}, {("pesc", "mmlu"): make_samples([1, 0])})
+    assert comparison.paired == ()
+    assert len(comparison.cells) == 1

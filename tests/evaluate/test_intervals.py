@@ -1,0 +1,87 @@
+"""Interval and test mathematics against scipy and hand-computed values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pesc.evaluate.intervals import holm, mcnemar_exact, paired_bootstrap, resampled_means, wilson_interval
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_scipys(pair):
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    successes, total = pair
+    expected = binomtest(successes, total).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(successes, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_wilson_known_values():
+    # Newcombe 1998, table I, method 3: 81/263, 15/148, 0/20, 1/29
+    for successes, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(1, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_what_is_no_proportion(successes, total):
+    with pytest.raises(ValueError, match="not a proportion"):
+        wilson_interval(successes, total)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_two_sided_binomial_test(first, second):
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar_exact(first, second) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mcnemar_survives_thousands_of_discordant_pairs():
+    assert 0 < mcnemar_exact(2100, 2300) < 0.01
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_monotone_and_never_below_the_raw_value(values):
+    adjusted = holm(values)
+    assert all(raw <= new <= 1 for raw, new in zip(values, adjusted, strict=True))
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    assert [adjusted[index] for index in order] == sorted(adjusted)
+
+
+def test_holm_known_values():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_bootstrap_of_counts_is_the_bootstrap_of_items():
+    """Drawing counts of distinct values has the distribution of drawing items: same mean and spread."""
+    differences = [1.0] * 12 + [-1.0] * 5 + [0.0] * 43
+    counted = resampled_means(differences, seed=1, resamples=40_000)
+    rng = np.random.default_rng(2)
+    drawn = rng.choice(differences, size=(40_000, len(differences))).mean(axis=1)
+    assert counted.mean() == pytest.approx(drawn.mean(), abs=2e-3)
+    assert counted.std() == pytest.approx(drawn.std(), rel=0.02)
+    assert np.percentile(counted, [2.5, 97.5]) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.018)
+
+
+def test_bootstrap_is_seeded():
+    differences = [1.0, 0.0, 0.0, -1.0, 1.0] * 20
+    assert paired_bootstrap(differences, 3) == paired_bootstrap(differences, 3)
+    assert resampled_means(differences, 3).tolist() != resampled_means(differences, 4).tolist()
+
+
+def test_bootstrap_covers_the_true_difference_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        differences = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=150).tolist()
+        low, high = paired_bootstrap(differences, trial)
+        covered += low <= 0.1 <= high
+    assert 180 <= covered <= 199

@@ -1,0 +1,96 @@
+"""Stock lm-eval tasks over files in place of the hub.  Indexing lm-eval's own tasks takes some ten seconds, hence slow."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pesc.errors import EvaluationError
+from pesc.evaluate import harness
+from pesc.evaluate.config import BenchmarkConfig
+from pesc.evaluate.results import read_result, read_samples
+from pesc.evaluate.task_index import load_tasks
+from tests.evaluate.builders import context
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_an_unknown_task_comes_with_near_names(tmp_path):
+    with pytest.raises(EvaluationError, match=r"no task 'hellaswagg'\. Did you mean hellaswag"):
+        load_tasks(BenchmarkConfig(task="hellaswagg", metric="acc"), None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "instead"), [("humaneval", "pesc_humaneval, which runs it in a sandbox"), ("humaneval_plus", "use one of")]
+)
+def test_stock_tasks_that_run_code_are_refused(tmp_path, task, instead):
+    with pytest.raises(EvaluationError, match=instead):
+        load_tasks(BenchmarkConfig(task=task, metric="pass@1"), None, tmp_path)
+
+
+def test_no_hub_is_a_sentence(tmp_path):
+    with harness.offline(True), pytest.raises(EvaluationError, match=r"items of task openbookqa cannot be fetched.*source"):
+        load_tasks(BenchmarkConfig(task="openbookqa", metric="acc"), None, tmp_path)
+
+
+def test_mmlu_takes_each_subjects_rows_and_examples(tmp_path, model_dir):
+    """57 subjects of one file each for questions and examples; five examples of the same subject, in the file's order."""
+    data = tmp_path / "data"
+    data.mkdir()
+    subjects = _mmlu_subjects()
+    rows = {
+        split: [_mmlu_row(subject, split, n) for subject in subjects for n in range(count)] for split, count in (("test", 2), ("dev", 5))
+    }
+    for split, found in rows.items():
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    config = BenchmarkConfig(
+        task="mmlu", metric="acc", num_fewshot=5, limit=1, source="x", files={"test": "test.jsonl", "dev": "dev.jsonl"}, dtype="float32"
+    )
+    loaded = load_tasks(config, data, tmp_path / "tasks")
+    harness.apply_settings(config, loaded)
+    assert len(loaded["tasks"]) == 57
+    task = loaded["tasks"]["mmlu_anatomy"]
+    assert [doc["question"] for doc in task.eval_docs] == ["anatomy test 0", "anatomy test 1"]
+    prompt = task.fewshot_context(task.eval_docs[0], num_fewshot=5)
+    assert [prompt.index(f"anatomy dev {n}") for n in range(5)] == sorted(prompt.index(f"anatomy dev {n}") for n in range(5))
+    assert prompt.startswith("The following are multiple choice questions (with answers) about anatomy.")
+    ctx = context(tmp_path / "run", config, model_dir, data)
+    harness.build(ctx)
+    result = read_result(ctx.out)
+    assert (result.num_items, result.num_available, result.num_fewshot, len(result.tasks)) == (57, 114, 5, 57)
+    assert result.value == pytest.approx(result.num_correct / 57)
+    assert len(list(read_samples(ctx.out))) == 57
+
+
+def _mmlu_subjects() -> list[str]:
+    from pathlib import Path
+
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent / "tasks/mmlu/default"
+    return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+
+
+def _mmlu_row(subject: str, split: str, number: int) -> dict:
+    return {"question": f"{subject} {split} {number}", "subject": subject, "choices": ["w", "x", "y", "z"], "answer": number % 4}
+
+
+def test_gsm8k_over_real_rows(tmp_path, model_dir, shared_data):
+    config = BenchmarkConfig(
+        task="gsm8k", metric="exact_match", filter="flexible-extract", num_fewshot=1, limit=2, source="x", max_gen_toks=8, dtype="float32",
+        files={"train": "gsm8k_train.jsonl", "test": "gsm8k_test.jsonl"},
+    )  # fmt: skip
+    ctx = context(tmp_path, config, model_dir, shared_data / "data/benchmarks")
+    harness.build(ctx)
+    result, samples = read_result(ctx.out), list(read_samples(ctx.out))
+    assert (result.num_items, result.num_available, result.num_fewshot, result.filter) == (2, 1319, 1, "flexible-extract")
+    assert samples[0].target.endswith("#### 18")
+    with pytest.raises(EvaluationError, match="comes with the filters strict-match, flexible-extract"):
+        harness.build(context(tmp_path / "again", config.model_copy(update={"filter": None}), model_dir, shared_data / "data/benchmarks"))
+
+
+def test_examples_never_come_from_the_questions(tmp_path, shared_data):
+    config = BenchmarkConfig(task="gsm8k", metric="exact_match", source="x", files={"test": "gsm8k_test.jsonl"})
+    with pytest.raises(EvaluationError, match="no examples for 5-shot prompts"):
+        load_tasks(config, shared_data / "data/benchmarks", tmp_path)
