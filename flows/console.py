@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import typer
 from prefect.exceptions import TerminationSignal
@@ -98,7 +99,7 @@ def quiet_console() -> None:
 def _server_settings() -> Iterator[None]:
     """Settings of the temporary server that hold from any working directory; those in the environment win."""
     patient = max(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value(), STARTUP_SECONDS)
-    updates = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: patient, PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    updates: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: patient, PREFECT_SERVER_ANALYTICS_ENABLED: False}
     with temporary_settings(updates):
         yield
 

@@ -23,9 +23,9 @@ def optional_settings(model: type[BaseModel], name: str | None = None) -> type[B
     """The model with every field optional, at every depth.  Checks across fields are left to the complete recipe."""
     fields: dict[str, Any] = {}
     for field_name, field in model.model_fields.items():
-        kind = _optional_type(field.annotation)
+        kind: Any = _optional_type(field.annotation)
         if field.metadata:
-            kind = Annotated[(kind, *field.metadata)]  # type: ignore[valid-type]
+            kind = Annotated[(kind, *field.metadata)]
         fields[field_name] = (kind | None, Field(None, description=field.description))
     name = name or model.__name__.removesuffix("Config") + "Settings"
     return create_model(

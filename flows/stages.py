@@ -6,7 +6,7 @@ What it reads is derived from the recipe and the store. If something is missing 
 `build_missing` is given.
 """
 
-from prefect import Flow, flow
+from prefect import Flow
 
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
@@ -56,7 +56,7 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         build_missing: Build what this stage needs and the store lacks, instead of failing.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    return flow(run_stage, name=name, flow_run_name=run_name, description=stage.summary, persist_result=False, **HOOKS)
+    return Flow(run_stage, name=name, flow_run_name=run_name, description=stage.summary, persist_result=False, **HOOKS)
 
 
 def require_inputs(recipe: Recipe, store: Store, selection: Selection) -> None:

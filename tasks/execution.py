@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from prefect import Task, get_run_logger, task
+from prefect import Task, get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 
@@ -33,7 +33,7 @@ def stage_task(name: str, **options: Any) -> StageTask:
         return _execute(job, Store(store))
 
     execute.__name__ = execute.__qualname__ = name  # else all stages share one task key
-    return task(
+    return Task(
         execute,
         name=name,
         description=stage.summary,
@@ -52,8 +52,10 @@ def run_job(stage: StageTask, job: Job, store: Store) -> Outcome:
     run_id = flow_run.get_id()
     job = job.model_copy(update={"prefect_run": run_id})
     started = time.monotonic()
-    options = {"refresh_cache": True} if job.refresh else {}
-    stage.with_options(result_storage=store.root, **options)(job, str(store.root))
+    placed = stage.with_options(result_storage=store.root)
+    if job.refresh:
+        placed = placed.with_options(refresh_cache=True)
+    placed(job, str(store.root))
     manifest = store.find(job.key.stage, job.fingerprint)
     if manifest is None:
         raise StoreError(f"{job.label} ended, but its result is not in {store.root}. `pesc fsck` says what is missing; then run again.")

@@ -67,6 +67,7 @@ def _names(path: Path, ref: ArtifactRef) -> bool:
 def _write_record(task_ctx: TaskRunContext, job: Job, ref: ArtifactRef) -> None:
     """Write Prefect's record with Prefect's own writer; a store that cannot be written only costs the word `Cached`."""
     try:
-        get_result_store().update_for_task(task_ctx.task).write(ref, key=record_key(job))
+        records: Any = get_result_store().update_for_task(task_ctx.task)  # synchronous here; Prefect types it for both
+        records.write(ref, key=record_key(job))
     except Exception as error:
         logger.debug("No record for %s: %s", job.label, error)
