@@ -8,6 +8,7 @@ What it is
     parameters.py    typed parameters: every setting of a recipe, optional, with its bounds, in the UI's form
     hooks.py         one clear line when a run fails, crashes or is cancelled
     console.py       what a terminal shows
+    server.py        Prefect's temporary server: patience, no telemetry, a database that it can read
 
 Key contracts
 - The same words as the command line: only, start (`--from`), until, refresh; patterns are stages or addresses.

@@ -5,25 +5,17 @@ Prefect's own records (state changes, tracebacks) go to its API and stay out of 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import typer
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import PrefectConsoleHandler
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 
 from flows.chain import open_store
+from flows.server import server_sentence, server_settings
 from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption, Until
 from pesc.console import render_report
 from pesc.errors import PescError
@@ -32,10 +24,7 @@ from pesc.run import Outcome
 from pesc.store import Store
 from tasks.reporting import seconds_text
 
-STARTUP_SECONDS = 180
-"""How long Prefect's temporary server may take on a busy machine; Prefect's own default is 20."""
 _HOME = [Path(next(iter(find_spec(name).submodule_search_locations))) for name in ("pesc", "tasks", "flows")]  # type: ignore[union-attr,arg-type]
-_SERVER_SIGNS = ("ephemeral Prefect API server", "Failed to reach API at", "find an available port")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,7 +44,7 @@ def run(
 
     load_recipe(recipe, overrides or ())  # a wrong one is told at once, before any server starts
     place = open_store(str(store) if store else None)
-    with _server_settings():
+    with server_settings():
         outcomes = pipeline(
             recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, store=str(place.root)
         )  # fmt: skip
@@ -95,15 +84,6 @@ def quiet_console() -> None:
         handler.addFilter(ProjectRecords())
 
 
-@contextlib.contextmanager
-def _server_settings() -> Iterator[None]:
-    """Settings of the temporary server that hold from any working directory; those in the environment win."""
-    patient = max(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value(), STARTUP_SECONDS)
-    updates: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: patient, PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    with temporary_settings(updates):
-        yield
-
-
 def main() -> None:
     """Entry point: a failure that the user can mend is one sentence on stderr and exit code 1."""
     quiet_console()
@@ -115,18 +95,10 @@ def main() -> None:
         code = 130 if isinstance(error, KeyboardInterrupt) else 143
         _fail("Interrupted. Finished stages and checkpoints are kept: run the same command again to go on.", code)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in _SERVER_SIGNS):
+        sentence = server_sentence(error)
+        if sentence is None:
             raise
-        _fail(_server_sentence(str(error)), 1)
-
-
-def _server_sentence(message: str) -> str:
-    if url := PREFECT_API_URL.value():
-        return f"No Prefect server answers at {url}. Start it (`prefect server start`), or unset PREFECT_API_URL for a temporary one."
-    return (
-        f"Prefect's temporary server did not start ({message.strip().splitlines()[0]}). If another version of Prefect has used the same "
-        "home, give this one its own: PREFECT_HOME=DIR. `pesc run` does the same work without any server."
-    )
+        _fail(sentence, 1)
 
 
 def _fail(message: str, code: int) -> None:

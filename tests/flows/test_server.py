@@ -1,0 +1,70 @@
+"""Prefect's temporary server, on a user's machine as it is."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import prefect
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
+
+from flows.server import readable_database, server_sentence, server_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_revision(home, revision):
+    home.mkdir(exist_ok=True)
+    with sqlite3.connect(home / "prefect.db") as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.execute("INSERT INTO alembic_version VALUES (?)", [revision])
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A Prefect home that the settings point to, without a server."""
+    path = tmp_path / "home"
+    updates = {PREFECT_HOME: path, PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{path}/prefect.db", PREFECT_API_URL: None}
+    with temporary_settings(updates):
+        yield path
+
+
+def test_a_fresh_home_and_a_known_database_are_used_as_they_are(home):
+    assert readable_database(home) is None
+    migrations = Path(prefect.__file__).parent / "server/database/_migrations/versions/sqlite"
+    write_revision(home, sorted(migrations.glob("*.py"))[-1].name.split("_")[4])
+    assert readable_database(home) is None
+
+
+def test_a_database_of_a_newer_prefect_is_left_alone(home):
+    write_revision(home, "27d8f4e1a6c9")
+    assert readable_database(home) == home / f"prefect-{prefect.__version__}.db"
+    with server_settings():
+        assert PREFECT_SERVER_DATABASE_CONNECTION_URL.value().endswith(f"prefect-{prefect.__version__}.db")
+
+
+def test_a_database_that_the_user_chose_is_not_replaced(home):
+    write_revision(home, "27d8f4e1a6c9")
+    with temporary_settings({PREFECT_SERVER_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:////elsewhere/mine.db"}):
+        assert readable_database(home) is None
+
+
+def test_only_complaints_about_the_server_become_sentences(home):
+    assert server_sentence(RuntimeError("a defect")) is None
+    assert "PREFECT_HOME" in server_sentence(RuntimeError("Timed out while attempting to connect to ephemeral Prefect API server."))
+
+
+@pytest.mark.slow
+def test_a_run_works_beside_a_database_of_a_newer_prefect(recipe_file, tmp_path):
+    write_revision(tmp_path / "home", "27d8f4e1a6c9")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment["PREFECT_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-m", "flows.pipeline", recipe_file, "--only", "download", "--store", str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 built, 0 cached." in done.stdout
+    assert "was written by a newer Prefect" in done.stderr
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert "0 built, 2 cached." in again.stdout
