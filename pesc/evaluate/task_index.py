@@ -4,7 +4,8 @@ A stock task keeps its prompt, its scoring and its few-shot rules; only where th
 task is written to the stage's workspace: it includes the stock file and names `pesc.evaluate.tasks.rows.load_rows` as its data set.
 
 Pitfalls: lm-eval drops overrides that are given to a group as data, and passes a group's own name down as each member's name; the
-generated files avoid both. Indexing the stock tasks takes some seconds, so this package's own ones are looked up without them.
+generated files avoid both. Indexing the stock tasks takes some seconds, so it is done once a process, and not at all for this package's
+own tasks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
 OWN_TASKS = frozenset(path.stem for path in FOLDER.glob("pesc_*.yaml"))
+CONTAINERS = frozenset({"GROUP", "TAG"})
 SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -36,14 +39,18 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
     data: object directory that holds `config.files`.  folder: an empty directory for generated YAML files.
     Raises EvaluationError for an unknown task, a missing file or package, items that cannot be fetched or do not fit the task.
     """
-    manager = _open_manager(config.task, [FOLDER])
-    names = list(_leaves(manager, config.task))
-    _refuse_unguarded_code(manager, names)
+    manager = find_task(config.task)
+    names = list(_members(manager, config.task))
+    leaves = [name for name in names if manager.task_index[name].kind.name not in CONTAINERS]
+    _refuse_unguarded_code(manager, leaves)
     files = _resolve_files(config, data)
     if files:
+        folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            _write_override(manager, name, files, config, folder)
-        manager = _open_manager(config.task, [FOLDER, folder])
+            text = _override(manager, name, files, config) if name in leaves else _include(manager, name)
+            if text:
+                (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        manager = _open_manager([folder], stock=False)
     elif config.task in OWN_TASKS and not manager.task_index[config.task].cfg.get("dataset_path"):
         raise EvaluationError(f"Task {config.task} reads its items from files; set evaluate.benchmarks.*.source and .files (split test).")
     with _explained(config.task, bool(files)):
@@ -52,18 +59,27 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
     return loaded
 
 
-def _open_manager(task: str, folders: list[Path]) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    with _quiet("lm_eval.tasks"):  # it warns of every task that is overridden on purpose
-        manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=task not in OWN_TASKS)
+def find_task(task: str) -> TaskManager:
+    """The index that has the task.  Raises EvaluationError with near names for an unknown one."""
+    manager = _known_tasks(stock=task not in OWN_TASKS)
     if task not in manager.task_index:
         close = difflib.get_close_matches(task, manager.all_tasks, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise EvaluationError(
-            f"lm-eval knows no task {task!r}.{hint} `lm_eval ls tasks` lists them; this package adds {', '.join(sorted(OWN_TASKS))}."
-        )
+        own = ", ".join(sorted(OWN_TASKS))
+        raise EvaluationError(f"lm-eval knows no task {task!r}.{hint} `lm_eval ls tasks` lists them; this package adds {own}.")
     return manager
+
+
+@lru_cache(maxsize=2)
+def _known_tasks(stock: bool) -> TaskManager:
+    return _open_manager([FOLDER], stock)
+
+
+def _open_manager(folders: list[Path], stock: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    with _quiet("lm_eval.tasks"):
+        return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=stock)
 
 
 @contextmanager
@@ -77,18 +93,17 @@ def _quiet(name: str) -> Iterable[None]:
         log.setLevel(before)
 
 
-def _leaves(manager: TaskManager, name: str) -> Iterable[str]:
-    """Names of the tasks behind a task, group or tag."""
+def _members(manager: TaskManager, name: str) -> Iterable[str]:
+    """A task's own name, or the names of a group or tag and of everything in it."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
-    members: Iterable[Any] = (
-        sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", ()) if entry.kind.name == "GROUP" else ()
-    )
-    if entry.kind.name not in {"TAG", "GROUP"}:
-        yield name
+    yield name
+    members: Iterable[Any] = ()
+    if entry.kind.name in CONTAINERS:
+        members = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task", ())
     for member in [members] if isinstance(members, str) else members:
-        yield from _leaves(manager, member if isinstance(member, str) else str(member.get("task") or member.get("group")))
+        yield from _members(manager, member if isinstance(member, str) else str(member.get("task") or member.get("group")))
 
 
 def _refuse_unguarded_code(manager: TaskManager, names: Iterable[str]) -> None:
@@ -112,7 +127,14 @@ def _resolve_files(config: BenchmarkConfig, data: Path | None) -> dict[str, str]
     return {split: str(data / file) for split, file in config.files.items()}
 
 
-def _write_override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig, folder: Path) -> None:
+def _include(manager: TaskManager, name: str) -> str:
+    """YAML of a group as it is; "" for a tag, which the tasks name themselves."""
+    path = manager.task_index[name].yaml_path
+    return yaml.safe_dump({"include": str(path)}) if path else ""
+
+
+def _override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig) -> str:
+    """YAML of the stock task with its items taken from files."""
     entry = manager.task_index[name]
     if entry.kind.name == "PY_TASK":
         raise EvaluationError(f"Task {name} is written in Python and brings its own items; leave source and files out.")
@@ -134,11 +156,9 @@ def _write_override(manager: TaskManager, name: str, files: Mapping[str, str], c
     shots = dict(stock.get("fewshot_config") or {})
     if shots.get("split") and shots["split"] not in paths:
         override["fewshot_config"] = {key: value for key, value in shots.items() if key != "split"}
-    override |= {"include": str(entry.yaml_path), "task": name, "dataset_path": "json", "dataset_name": None, "tag": []}
+    override |= {"include": str(entry.yaml_path), "task": name, "dataset_path": "json", "dataset_name": None}
     override["dataset_kwargs"] = {"files": paths, "subset": subset}
-    text = yaml.safe_dump(override, sort_keys=True) + "custom_dataset: !function pesc.evaluate.tasks.rows.load_rows\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return yaml.safe_dump(override, sort_keys=True) + "custom_dataset: !function pesc.evaluate.tasks.rows.load_rows\n"
 
 
 @contextmanager

@@ -43,6 +43,13 @@ def test_a_broken_line_is_named(tmp_path):
         read_rows(path)
 
 
+def test_line_separators_inside_a_string_do_not_end_the_row(tmp_path):
+    """GSM8K's training file has U+2028 inside a question, as JSON allows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "one\u2028two\x85three"}\n', encoding="utf-8")
+    assert read_rows(path) == [{"question": "one\u2028two\x85three"}]
+
+
 def test_an_unknown_kind_and_an_empty_file_are_refused(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"")
     with pytest.raises(EvaluationError, match="unknown kind"):

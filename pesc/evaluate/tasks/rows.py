@@ -75,12 +75,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
-    lines = text.splitlines()
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
         rows = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a JSON string
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
