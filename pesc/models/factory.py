@@ -57,6 +57,7 @@ class Architecture:
 
     dense_type: str
     dense_config: type[PretrainedConfig]
+    dense_model: type[PreTrainedModel]
     dense_causal_lm: type[PreTrainedModel]
     config: type[PretrainedConfig]
     model: type[PreTrainedModel]
@@ -86,11 +87,13 @@ def _make_architecture(dense_type: str) -> Architecture:
     package = f"transformers.models.{module}"
     config_module = importlib.import_module(f"{package}.configuration_{module}")
     modeling = importlib.import_module(f"{package}.modeling_{module}")
-    dense_config, dense_lm = getattr(config_module, f"{base}Config"), getattr(modeling, f"{prefix}ForCausalLM")
+    dense_config, dense_model = getattr(config_module, f"{base}Config"), getattr(modeling, f"{base}Model")
+    dense_causal_lm = getattr(modeling, f"{prefix}ForCausalLM")
     config = _make_config(dense_config)
-    model = _make_model(getattr(modeling, f"{base}Model"), config)
-    causal_lm = _make_causal_lm(dense_lm, config, model)
-    return Architecture(dense_type, dense_config, dense_lm, config, model, causal_lm)
+    model = _make_model(dense_model, config)
+    return Architecture(
+        dense_type, dense_config, dense_model, dense_causal_lm, config, model, _make_causal_lm(dense_causal_lm, config, model)
+    )
 
 
 def sparse_config(dense: PretrainedConfig, pesc: PescConfig) -> PretrainedConfig:

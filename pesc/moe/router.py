@@ -38,11 +38,6 @@ class Router(nn.Module):
         self.seed = seed
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    @property
-    def num_experts(self) -> int:
-        """E; also right when the weight is partitioned away by ZeRO-3."""
-        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
-
     @torch.no_grad()
     def reset_parameters(self, keep: Callable[[nn.Parameter], bool] = lambda _: False) -> None:
         """Draw the start values from (seed, name) alone: kaiming uniform (a = √5).  Parameters that `keep` names stay as they are."""

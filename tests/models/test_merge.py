@@ -82,6 +82,18 @@ def test_the_merged_directory_is_complete_and_keeps_tied_embeddings(world, tmp_p
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
+def test_other_architectures_merge(world, tmp_path, model_type):
+    """Biases on q, k, v; tied embeddings, soft caps and norms after the FFN."""
+    save_sparse(save_dense(tmp_path / "dense", model_type), tmp_path / "sparse")
+    save_trained(tmp_path / "sparse", tmp_path / "trained", steps=3)
+    merge(world, tmp_path / "sparse", tmp_path / "trained", tmp_path / "out", dtype="float32")
+    ledger = json.loads((tmp_path / "out/ledger.json").read_text())["tensors"]
+    copied = [entry["name"] for entry in ledger if entry["action"] == "copied"]
+    assert any(name.endswith("q_proj.bias") for name in copied) == (model_type == "qwen2")
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == f"pesc_{model_type}"
+
+
 def test_the_dense_control_stays_what_it_was(world, tmp_path):
     merge(world, "dense", world / "qlora", tmp_path / "out")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is LlamaForCausalLM
