@@ -225,7 +225,7 @@ def _fetch_hub(source: HubSource, config: SourceConfig, target: Path, ctx: Stage
     commit = info.sha
     if not commit:
         raise SourceError(f"{what}: the hub does not say which commit {source.revision!r} is. Pin a commit.")
-    siblings = {item.rfilename: item.size or 0 for item in info.siblings or [] if item.rfilename != ".gitattributes"}
+    siblings = {item.rfilename: item.size or 0 for item in getattr(info, "siblings", None) or [] if item.rfilename != ".gitattributes"}
     names = _wanted(config, sorted(siblings), what)
     size = sum(siblings[name] for name in names)
     ctx.progress(0, size, "bytes", f"{source.repo}@{commit[:12]}: {len(names)} files")
@@ -256,7 +256,7 @@ def _hub_errors(source: HubSource, what: str) -> Iterator[None]:
     """Turn the hub client's failures into sentences."""
     from huggingface_hub import errors
 
-    http_error = errors.HfHubHTTPError.__mro__[1]  # the HTTP library that this client uses
+    http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # of the HTTP library that this client uses
     kind = "data set" if source.kind == "dataset" else "model"
     access = "Ask for access on its page and log in with `hf auth login` (or set HF_TOKEN)."
     try:
