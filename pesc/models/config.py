@@ -12,12 +12,12 @@ from pesc.stage import StageConfig
 class UpcycleConfig(StageConfig):
     """Shape and start of the sparse model."""
 
-    num_experts: int = Field(8, ge=1, description="Adapters on each shared FFN (E).")
-    top_k: int = Field(2, ge=1, description="Adapters that a token uses (K).")
-    adapter_dim: int = Field(512, ge=1, description="Width of an adapter (R).")
-    scaling: float = Field(1.0, gt=0, description="Factor on the adapters' sum (s); 1 in the paper, 0.25 in the published configs.")
-    seed: int = Field(42, ge=0, description="Seed of the router and of the down projections; the up projections start at zero.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the bank and the router on disk.")
+    num_experts: int = Field(default=8, ge=1, description="Adapters on each shared FFN (E).")
+    top_k: int = Field(default=2, ge=1, description="Adapters that a token uses (K).")
+    adapter_dim: int = Field(default=512, ge=1, description="Width of an adapter (R).")
+    scaling: float = Field(default=1.0, gt=0, description="Factor on the adapters' sum (s); 1 in the paper, 0.25 in the published configs.")
+    seed: int = Field(default=42, ge=0, description="Seed of the router and of the down projections; the up projections start at zero.")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of the bank and the router on disk.")
 
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> UpcycleConfig:
@@ -32,8 +32,9 @@ class MergeConfig(StageConfig):
     """Folding the trained LoRA into the model."""
 
     base: Literal["original", "dequantized"] = Field(
-        "original", description="original: fold into the bf16 weights. dequantized: into the 4-bit weights the LoRA was trained against."
+        default="original",
+        description="original: fold into the bf16 weights. dequantized: into the 4-bit weights the LoRA was trained against.",
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights.")
-    max_shard_bytes: int = Field(5_000_000_000, gt=0, description="Largest safetensors file.")
-    proof_prompts: int = Field(4, ge=1, description="Prompts on which merged and unmerged logits are compared.")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of the merged weights.")
+    max_shard_bytes: int = Field(default=5_000_000_000, gt=0, description="Largest safetensors file.")
+    proof_prompts: int = Field(default=4, ge=1, description="Prompts on which merged and unmerged logits are compared.")

@@ -188,7 +188,8 @@ def write_merged(
     if len(shards) > 1:
         files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         write_index(out_dir, files, sum(spec.num_bytes for spec in specs.values()))
-    write_config(out_dir, {**parts.fields, "dtype": config.dtype})
+    fields = {name: value for name, value in parts.fields.items() if name != "torch_dtype"}  # the old name of dtype
+    write_config(out_dir, fields | {"dtype": config.dtype})
     link_companions(parts.model_dir, out_dir)
     _write_json(out_dir / "ledger.json", {"base": config.base, "lora_scaling": parts.lora.scaling, "tensors": ledger})
     _warn_of_idle_experts(ledger)

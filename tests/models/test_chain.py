@@ -1,0 +1,41 @@
+"""What the real train stage leaves is what the real merge stage takes: upcycle, train under torchrun in 4 bit, merge, generate."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pesc.models
+from pesc.models import merge
+from pesc.models.config import MergeConfig
+from pesc.stage import StageContext
+from tests.models.builders import PROJECTIONS, save_blocks, save_dense, save_sparse
+from tests.train import tiny
+
+pesc.models.register()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arm", "base"), [("pesc", "dequantized"), ("qlora", "original")])
+def test_a_real_run_merges(tmp_path, arm, base):
+    from pesc.train import stage
+
+    model = save_dense(tmp_path / "dense", hidden_size=64, tie_word_embeddings=True)
+    if arm == "pesc":
+        model = save_sparse(model, tmp_path / "sparse")
+    blocks = tiny.write_blocks(save_blocks(tmp_path / "blocks"), 8)
+    config = tiny.settings(method=arm, quantization="nf4", compute_dtype="bfloat16", learning_rate=2e-2)
+    context = tiny.make_context(tmp_path / "train", model, blocks, config, {"num_processes": 1})
+    stage.build(context)
+
+    (tmp_path / "out").mkdir()
+    inputs = {"model": model, "adapter": context.out, "blocks": blocks}
+    settings = MergeConfig.model_validate({"base": base})
+    metrics = merge.build(StageContext("merge[test]", settings, inputs, tmp_path / "out", tmp_path)).metrics
+    assert metrics["merged_tensors"] == 2 * len(PROJECTIONS)
+    assert metrics["trained_tensors"] == (6 if arm == "pesc" else 0)
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["logits"]["relative_rms_effect_of_training"] > proof["logits"]["relative_rms_difference"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] <= 5
