@@ -32,17 +32,19 @@ class Execution(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where tensors live. auto: CUDA when there is a GPU, else the CPU.")
-    num_nodes: int = Field(1, ge=1, description="Machines that take part in training.")
-    num_processes: int | None = Field(None, ge=1, description="torchrun ranks on each node. Default: one a GPU, or one on a CPU.")
-    node_rank: int = Field(0, ge=0, description="This machine's rank among num_nodes.")
-    master: str | None = Field(None, description="host:port of node 0, needed when num_nodes > 1.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory, more time.")
-    save_every_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints that a killed run resumes from.")
-    log_every_steps: int = Field(1, ge=1, description="Optimizer steps between progress lines.")
-    evaluate_batch_size: int = Field(8, ge=1, description="Requests in one forward pass of an evaluation.")
-    num_workers: int | None = Field(None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where tensors live. auto: CUDA when there is a GPU, else the CPU."
+    )
+    num_nodes: int = Field(default=1, ge=1, description="Machines that take part in training.")
+    num_processes: int | None = Field(default=None, ge=1, description="torchrun ranks on each node. Default: one a GPU, or one on a CPU.")
+    node_rank: int = Field(default=0, ge=0, description="This machine's rank among num_nodes.")
+    master: str | None = Field(default=None, description="host:port of node 0, needed when num_nodes > 1.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
+    gradient_checkpointing: bool = Field(default=True, description="Recompute activations in the backward pass: less memory, more time.")
+    save_every_steps: int = Field(default=200, ge=1, description="Optimizer steps between checkpoints that a killed run resumes from.")
+    log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
+    evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
+    num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
 
 
 @dataclass(frozen=True)

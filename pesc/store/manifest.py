@@ -73,11 +73,11 @@ class Manifest(BaseModel):
     provenance: dict[str, Any] = Field(default_factory=dict, description="Facts resolved while building: revisions, fall-backs, versions.")
     environment: dict[str, Any] = Field(default_factory=dict, description="Git commit, lock digest, package versions, hardware.")
     execution: dict[str, Any] = Field(default_factory=dict)
-    sources_digest: str = Field("", description="Digest of the stage's normalised sources, finer than its code_version.")
+    sources_digest: str = Field(default="", description="Digest of the stage's normalised sources, finer than its code_version.")
     started_at: str
     seconds: float
     made_by: Literal["build", "adopt"] = "build"
-    reason: str = Field("", description="Why an earlier result was adopted.")
+    reason: str = Field(default="", description="Why an earlier result was adopted.")
     prefect_run: str | None = None
 
     @property

@@ -14,11 +14,11 @@ Method = Literal["pesc", "qlora"]
 class LoraConfig(StageConfig):
     """LoRA on the dense projections."""
 
-    rank: int = Field(64, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
         description="Names of the projections that get LoRA.",
     )
@@ -27,29 +27,31 @@ class LoraConfig(StageConfig):
 class BalanceConfig(StageConfig):
     """Load balancing of the router."""
 
-    kind: Literal["switch", "none"] = Field("switch", description="switch: alpha * E * sum f_i P_i per layer (Fedus et al. 2022, eq. 4).")
-    coefficient: float = Field(0.01, ge=0, description="alpha.")
+    kind: Literal["switch", "none"] = Field(
+        default="switch", description="switch: alpha * E * sum f_i P_i per layer (Fedus et al. 2022, eq. 4)."
+    )
+    coefficient: float = Field(default=0.01, ge=0, description="alpha.")
 
 
 class TrainConfig(StageConfig):
     """One training run.  World size and ZeRO stage are not here: they change the order of sums only."""
 
-    method: Method = Field("pesc", description="pesc: bank + router + LoRA. qlora: LoRA alone on the dense model, the control.")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit base with double quantisation.")
+    method: Method = Field(default="pesc", description="pesc: bank + router + LoRA. qlora: LoRA alone on the dense model, the control.")
+    quantization: Literal["nf4", "none"] = Field(default="nf4", description="nf4: 4-bit base with double quantisation.")
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    lora: LoraConfig = LoraConfig()
-    balance: BalanceConfig = BalanceConfig()
-    learning_rate: float = Field(2e-4, gt=0)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    balance: BalanceConfig = Field(default_factory=BalanceConfig)
+    learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps spent warming up.")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(0.3, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the optimizer steps spent warming up.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=0.3, gt=0)
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps, whatever epochs says.")
-    global_batch_size: int = Field(128, ge=1, description="Packed blocks in one optimizer step, over all ranks.")
-    micro_batch_size: int = Field(1, ge=1, description="Packed blocks in one forward pass of one rank.")
-    seed: int = Field(42, ge=0, description="Data order and dropout.")
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="Stop after this many optimizer steps, whatever epochs says.")
+    global_batch_size: int = Field(default=128, ge=1, description="Packed blocks in one optimizer step, over all ranks.")
+    micro_batch_size: int = Field(default=1, ge=1, description="Packed blocks in one forward pass of one rank.")
+    seed: int = Field(default=42, ge=0, description="Data order and dropout.")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
