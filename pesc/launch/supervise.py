@@ -47,7 +47,7 @@ def run(
     *,
     env: Mapping[str, str] | None = None,
     log_path: Path,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[Event], object],
     grace_seconds: float = 20.0,
     pids_dir: Path | None = None,
 ) -> Outcome:
@@ -99,7 +99,7 @@ def child_environment() -> dict[str, str]:
 class _Output:
     """The read end of a command's pipe."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[str], on_event: Callable[[Event], None] | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[str], on_event: Callable[[Event], object] | None) -> None:
         assert process.stdout is not None
         self.on_event = on_event
         self._process = process

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class OrderedBlocks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._positions
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray | int]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         """The block that is read at `position`."""
         return {**self._blocks[self._order.block_at(position)], "position": position}
 
@@ -48,7 +49,7 @@ class Collator:
     flatten: bool = False
     pad_id: int = 0
 
-    def __call__(self, items: Sequence[Mapping[str, np.ndarray | int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate; `valid_BS` is False on padding."""
         blocks = [_concatenate(items)] if self.flatten else items
         longest = max(len(block["input_ids"]) for block in blocks)

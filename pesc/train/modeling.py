@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 import pesc.models
 from pesc.errors import ModelError
@@ -25,7 +26,7 @@ from pesc.train.order import derive_seed
 
 logger = logging.getLogger(__name__)
 PEFT_PREFIX = "base_model.model."
-GROUPS = ("lora", "bank", "router")
+GROUPS: tuple[str, ...] = ("lora", "bank", "router")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def peft_config(config: TrainConfig) -> PeftLoraConfig:
     lora = config.lora
     return PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  a float does as well
         lora_dropout=lora.dropout,
         target_modules=sorted(lora.targets),
         bias="none",
@@ -73,7 +74,7 @@ def peft_config(config: TrainConfig) -> PeftLoraConfig:
     )
 
 
-def _load_base(model_dir: Path, config: TrainConfig, device: str) -> nn.Module:
+def _load_base(model_dir: Path, config: TrainConfig, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     pesc.models.register()
@@ -106,12 +107,12 @@ def _quantization(config: TrainConfig) -> Any:
 
 def pick_attention(device: str) -> str:
     """Flash attention (variable length) where it is installed and runs, else torch's."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return "flash_attention_2" if device.startswith("cuda") and is_flash_attn_2_available() else "sdpa"
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def _checkpoint_activations(model: PreTrainedModel) -> None:
     """Non-reentrant checkpointing of each layer, under the name that this transformers has for it."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -119,7 +120,7 @@ def _checkpoint_activations(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _check_method(model: nn.Module, config: TrainConfig, model_dir: Path) -> None:
+def _check_method(model: PreTrainedModel, config: TrainConfig, model_dir: Path) -> None:
     is_sparse = next(sparse_parameters(model), None) is not None
     if config.method == "pesc" and not is_sparse:
         raise ModelError(
@@ -158,7 +159,7 @@ def group_of(name: str) -> str:
 
 def count_trainable(model: nn.Module) -> list[TrainableGroup]:
     """The table of what is trained; also right when ZeRO-3 has partitioned the parameters away."""
-    counts = dict.fromkeys(GROUPS, (0, 0))
+    counts: dict[str, tuple[int, int]] = dict.fromkeys(GROUPS, (0, 0))
     for name, parameter in trainable_parameters(model):
         tensors, parameters = counts[group_of(name)]
         counts[group_of(name)] = (tensors + 1, parameters + getattr(parameter, "ds_numel", parameter.numel()))

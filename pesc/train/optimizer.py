@@ -17,7 +17,7 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
     settings = {"lr": config.learning_rate, "betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw_torch":
         return torch.optim.AdamW(list(parameters), **settings)
-    from bitsandbytes.optim import AdamW
+    from bitsandbytes.optim.adamw import AdamW
 
     bits = 8 if config.optimizer == "paged_adamw_8bit" else 32
     return AdamW(list(parameters), **settings, optim_bits=bits, is_paged=device == "cuda")

@@ -106,12 +106,14 @@ def _measure(trainer: Any) -> dict[str, Any]:
 
     lines, world = trainer.history.lines, trainer.args.world_size
     on_cuda = trainer.args.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    peak = torch.cuda.max_memory_allocated() if on_cuda else usage.ru_maxrss * 1024
     return {
         "steps": trainer.state.global_step,
         "loss": lines[-1]["loss"] if lines else None,
         "tokens_per_second": round(trainer.throughput.tokens_per_second, 1),
         "peak_memory_bytes": int(peak),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "world_size": world,
         "zero_stage": trainer.job.execution.zero_stage,
         "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads a rank",

@@ -25,6 +25,7 @@ from pesc.train.callbacks import GradientWatch, History, StepTotals, Throughput
 from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
+from pesc.train.modeling import trainable_parameters
 from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule
 from pesc.train.order import RankBatches, derive_seed
 from pesc.train.stop import StopRequest
@@ -36,6 +37,7 @@ class PescTrainer(Trainer):
     def __init__(self, model: PeftModel, args: TrainingArguments, data: OrderedBlocks, job: Job, stop: StopRequest, on_step: Any) -> None:
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[_EndOfStep(self)])
         self.job, self.stop, self.on_step = job, stop, on_step
+        self._data, self._trained = data, model
         self.history, self.throughput = History(), Throughput()
         self.interrupted: str | None = None
         config = model.config
@@ -59,7 +61,7 @@ class PescTrainer(Trainer):
         )
         collator = Collator(flatten=self._flatten)
         return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=batches, collate_fn=collator, pin_memory=self.args.device.type == "cuda"
+            self._data, batch_sampler=batches, collate_fn=collator, pin_memory=self.args.device.type == "cuda"
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
@@ -127,7 +129,7 @@ class PescTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """One group of everything that is trained."""
         if self.optimizer is None:
-            parameters = [parameter for parameter in (model or self.model).parameters() if parameter.requires_grad]
+            parameters = [parameter for _, parameter in trainable_parameters(self._trained)]
             self.optimizer = make_optimizer(self.job.config, parameters, self.args.device.type)
         return self.optimizer
 
@@ -197,7 +199,7 @@ class PescTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: DeepSpeed's part of the checkpoint holds all trained weights, and the base never changes."""
-        os.makedirs(output_dir or self.args.output_dir, exist_ok=True)
+        os.makedirs(output_dir or self.job.checkpoints, exist_ok=True)
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Not counted."""
