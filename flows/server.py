@@ -1,13 +1,25 @@
 """Prefect's server as `python -m flows.pipeline` finds it: the one at PREFECT_API_URL, else a temporary one of this process.
 
-Settings here hold from any working directory; what the user has set wins.
+    python -m flows.server PORT        (what the child runs; `server_settings` starts it)
+
+Prefect starts a temporary server by itself. This one dies with its parent whatever kills it, says at once when it cannot start, and
+outlives a Ctrl-C long enough to hear how the run ended. It keeps runs where Prefect keeps them.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
+import socket
 import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,31 +30,94 @@ from prefect.settings import (
     PREFECT_HOME,
     PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_DATABASE_CONNECTION_URL,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    get_current_settings,
     temporary_settings,
 )
 
+from pesc.errors import PescError
+from pesc.launch.guard import PARENT_VARIABLE
+from pesc.launch.supervise import child_environment
+
 logger = logging.getLogger(__name__)
-STARTUP_SECONDS = 180
-"""How long the temporary server may take on a busy machine; Prefect's own default is 20."""
-_SIGNS = ("ephemeral Prefect API server", "Failed to reach API at", "find an available port")
+STARTUP_SECONDS = 180.0
+"""How long the temporary server may take on a busy machine."""
+_STOP_SECONDS = 10.0
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ServerError(PescError):
+    """A Prefect server that does not start or does not answer."""
 
 
 @contextlib.contextmanager
 def server_settings() -> Iterator[None]:
-    """Settings of the temporary server: patience, no telemetry, a database that this version of Prefect can read."""
-    patience = max(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value(), STARTUP_SECONDS)
-    updates: dict[Any, Any] = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: patience, PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    if not PREFECT_API_URL.value() and (path := readable_database(Path(PREFECT_HOME.value()))):
+    """Settings under which flows find their server; starts a temporary one, which ends with this process, if there is none.
+
+    What the user has set wins. Raises ServerError.
+    """
+    updates: dict[Any, Any] = {PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    if PREFECT_API_URL.value():
+        with temporary_settings(updates):
+            yield
+        return
+    if path := readable_database(Path(PREFECT_HOME.value())):
         updates[PREFECT_SERVER_DATABASE_CONNECTION_URL] = f"sqlite+aiosqlite:///{path}"
     with temporary_settings(updates):
-        yield
+        url = start_server()
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield
+
+
+def start_server() -> str:
+    """Start a temporary server and wait until it answers; returns the URL of its API.  Raises ServerError with its last words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **child_environment(), **get_current_settings().to_environment_variables(exclude_unset=True), PARENT_VARIABLE: str(os.getpid())
+    }  # fmt: skip
+    log = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the server)
+    command = [sys.executable, "-m", "pesc.launch.guard", "--", sys.executable, "-m", "flows.server", str(port)]
+    server = subprocess.Popen(
+        command, env=environment, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    atexit.register(_stop, server)
+    url = f"http://127.0.0.1:{port}/api"
+    end = time.monotonic() + STARTUP_SECONDS
+    while server.poll() is None and time.monotonic() < end:
+        if answers(url):
+            return url
+        time.sleep(0.1)
+    log.seek(0)
+    said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()][-1:] or ["it said nothing"]
+    raise ServerError(
+        f"Prefect's temporary server did not start ({said[0].strip()}). Give it a home of its own with PREFECT_HOME=DIR; `pesc run` does "
+        "the same work without any server."
+    )
+
+
+def answers(url: str) -> bool:
+    """Whether a server's API is healthy."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def readable_database(home: Path) -> Path | None:
     """Another file to keep runs in, when Prefect's own in `home` was written by a newer Prefect; None when it can be used.
 
-    Prefect tries such a file again and again until its patience ends.
+    Prefect would refuse to start.
     """
     default = home / "prefect.db"
     if default.resolve() != _configured_database() or _is_readable(default):
@@ -69,12 +144,21 @@ def _is_readable(path: Path) -> bool:
 
 
 def server_sentence(error: RuntimeError) -> str | None:
-    """Prefect's complaint about its server as a sentence; None for any other error."""
-    if not any(sign in str(error) for sign in _SIGNS):
+    """Prefect's complaint about a server that does not answer, as a sentence; None for any other error."""
+    if "Failed to reach API at" not in str(error):
         return None
-    if url := PREFECT_API_URL.value():
-        return f"No Prefect server answers at {url}. Start it (`prefect server start`), or unset PREFECT_API_URL for a temporary one."
-    return (
-        f"Prefect's temporary server did not start ({str(error).strip().splitlines()[0]}). Give it a home of its own with PREFECT_HOME=DIR; "
-        "`pesc run` does the same work without any server."
-    )
+    url = PREFECT_API_URL.value()
+    return f"No Prefect server answers at {url}. Start it (`prefect server start`), or unset PREFECT_API_URL for a temporary one."
+
+
+def main(port: int) -> None:
+    """Serve until told to stop."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", lifespan="on", timeout_graceful_shutdown=3)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
