@@ -89,11 +89,17 @@ def start_server() -> str:
             return url
         time.sleep(0.1)
     log.seek(0)
-    said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()][-1:] or ["it said nothing"]
+    cause = _last_words(log.read().decode(errors="replace"))
     raise ServerError(
-        f"Prefect's temporary server did not start ({said[0].strip()}). Give it a home of its own with PREFECT_HOME=DIR; `pesc run` does "
-        "the same work without any server."
+        f"Prefect's temporary server did not start ({cause}). Give it a home of its own with PREFECT_HOME=DIR; `pesc run` does the same "
+        "work without any server."
     )
+
+
+def _last_words(text: str) -> str:
+    """The last line of a server's log that says something about the cause."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "Application startup failed" not in line]
+    return lines[-1].rstrip(".") if lines else "it said nothing"
 
 
 def answers(url: str) -> bool:
