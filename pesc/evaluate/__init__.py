@@ -1,0 +1,18 @@
+"""Benchmarks of every arm, and the report that compares them.
+
+    harness.py         evaluate[ARM/BENCHMARK]: one lm-eval task of one model      results.py    the schema of what it writes
+    task_index.py      finds the task; items from files in place of the hub         tasks/        this package's own tasks
+    language_model.py  lm-eval's Hugging Face model with a journal of answers       sandbox/      runs model-written code
+    report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
+    baselines/         published figures with their sources                         intervals.py  intervals and tests
+    records.py, tables.py, plots.py, templates/                                     parts of the page
+
+Promises: prompts and scoring are lm-eval's; the same inputs give the same bytes; every score comes with its interval, its number of
+examples and how many of the items were asked; a published figure is never called comparable when the settings differ.
+
+Never: contacts the hub for a benchmark that names a source; runs model-written code outside the sandbox; compares arms on different
+items.
+
+Pitfalls: `limit` holds for each subtask of a group. bf16 log-likelihoods differ in the last digits between machines. Importing this
+package, `config` or `report` loads neither torch nor lm_eval; `harness.build` does.
+"""
