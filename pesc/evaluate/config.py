@@ -23,7 +23,9 @@ class BenchmarkConfig(StageConfig):
     max_gen_toks: int | None = Field(default=None, gt=0, description="Longest generation in tokens. None: as the task says.")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = Field(default=1234, ge=0)
-    baseline: str | None = Field(default=None, description="Row of baselines.yaml this benchmark is compared with.")
+    baseline: str | None = Field(
+        default=None, description="Row of the published figures (pesc/evaluate/baselines/figures.yaml). None: by the task."
+    )
 
 
 class EvaluateConfig(StageConfig):

@@ -58,7 +58,7 @@ def build(ctx: StageContext) -> BuildResult:
 
 
 def in_reading_order(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[tuple[str, str], BenchmarkResult]:
-    """Benchmarks in the order of baselines.yaml, unknown ones last; within one, arms by name."""
+    """Benchmarks in the order of the published figures, unknown ones last; within one, arms by name."""
     rows = list(baselines.benchmarks)
 
     def place(item: tuple[tuple[str, str], BenchmarkResult]) -> tuple[int, str, str]:

@@ -53,7 +53,7 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
         manager = _open_manager([folder], stock=False)
     elif config.task in OWN_TASKS and not manager.task_index[config.task].cfg.get("dataset_path"):
         raise EvaluationError(f"Task {config.task} reads its items from files; set evaluate.benchmarks.*.source and .files (split test).")
-    with _explained(config.task, bool(files)):
+    with _explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
         loaded = manager.load([config.task])
     _check_examples(config, loaded)
     return loaded

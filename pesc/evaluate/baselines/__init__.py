@@ -1,4 +1,4 @@
-"""Published figures, each with its source and settings, from baselines.yaml.
+"""Published figures, each with its source and settings, from figures.yaml.
 
 Promise: no number without a source, a metric and a number of examples (null where the source does not say). Pitfall: these come from
 other harnesses and prompts; `pesc.evaluate.comparison` says for each whether a measured number may be compared with it.
@@ -99,7 +99,7 @@ class Baselines(_Entry):
 @lru_cache(maxsize=1)
 def load_baselines() -> Baselines:
     """The figures that ship with the package.  Raises EvaluationError when the file is damaged."""
-    text = (resources.files("pesc.evaluate") / "baselines.yaml").read_text(encoding="utf-8")
+    text = (resources.files("pesc.evaluate.baselines") / "figures.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     figures = [
         {
@@ -114,4 +114,6 @@ def load_baselines() -> Baselines:
     try:
         return Baselines.model_validate({**raw, "figures": figures})
     except ValidationError as error:
-        raise EvaluationError(f"baselines.yaml cannot be used: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}.") from None
+        raise EvaluationError(
+            f"The published figures (figures.yaml) cannot be used: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}."
+        ) from None
