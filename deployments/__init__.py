@@ -16,11 +16,12 @@ What it is
 Key contracts
 - The pool says what a stage wants: `gpu` for train, merge and evaluate, `cpu` for the rest.
 - PESC_HOME (the checkout on the workers) and PESC_STORE (the store, the same path for all of them) are read when deploying and stored
-  in the deployments; a worker needs neither variable.
+  in the deployments; a worker then needs neither variable.
 - Schedules have a slug, so that deploying again updates them, and are inactive until somebody turns them on.
 
 Pitfalls
-- `{{ $NAME }}` of a variable that is not set becomes nothing: without PESC_HOME the workers look in their own working directory.
+- `{{ $NAME }}` of a variable that is not set stays as it is: PESC_HOME is then read on the worker; without PESC_STORE every run fails
+  at once and says so.
 - SQLite serves one machine; with several workers give the server PostgreSQL (PREFECT_API_DATABASE_CONNECTION_URL).
 - A process worker started with `nohup ... &` ignores the first SIGTERM; run it under systemd or another supervisor.
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from pesc.errors import RecipeError
 from pesc.pipeline import build_graph
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import Recipe
@@ -20,8 +21,16 @@ from tasks.table import TASKS
 
 
 def open_store(path: str | None) -> Store:
-    """The store of a flow run: the parameter, else PESC_STORE, else ./store; absolute, as workers need it."""
-    return Store(Path(path) if path else store_root())
+    """The store of a flow run: the parameter, else PESC_STORE, else ./store; absolute, as workers need it.
+
+    Raises RecipeError for a placeholder that deploying has left in place.
+    """
+    root = Path(path) if path else store_root()
+    if "{{" in str(root):
+        raise RecipeError(
+            "PESC_STORE was not set when this deployment was made. Set PESC_HOME and PESC_STORE and deploy again, or give store=DIR."
+        )
+    return Store(root)
 
 
 def run_name() -> str:

@@ -89,3 +89,20 @@ def test_a_refresh_is_done_once_when_the_run_is_tried_again(recipe_file, fakes, 
     assert fakes.CALLS == ["dedup"]
     assert again()["dedup"].how == "hit"
     assert fakes.CALLS == ["dedup"]
+
+
+def test_a_placeholder_that_deploying_left_is_no_store(recipe_file, fakes, monkeypatch, tmp_path):
+    monkeypatch.setenv("PESC_STORE", "{{ $PESC_STORE }}")
+    monkeypatch.chdir(tmp_path)
+    state = stages.download(recipe=recipe_file, return_state=True)
+    assert "PESC_STORE was not set when this deployment was made" in state.message
+    assert not list(tmp_path.glob("*{{*"))
+
+
+def test_a_relative_store_becomes_absolute(monkeypatch, tmp_path):
+    from flows.chain import open_store
+
+    monkeypatch.chdir(tmp_path)
+    assert open_store("here").root == tmp_path / "here"
+    monkeypatch.setenv("PESC_STORE", "there")
+    assert open_store(None).root == tmp_path / "there"
