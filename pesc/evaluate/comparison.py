@@ -13,7 +13,7 @@ Rules, in one place (they are printed on the page, see `RULES`):
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -291,7 +291,7 @@ def compare_paired(
     differences = [float(a) - float(b) for a, b in scores if a is not None and b is not None]
     resampled = resampled_means(differences, seed)
     low, high = percentile_interval(resampled)
-    table: dict[str, int | float | None] = {}
+    table: dict[str, Any] = {}
     if all(sample.correct is not None for sample in (*first, *second)):
         kinds = [(ours[key].correct, theirs[key].correct) for key in ours]
         table = {
@@ -304,7 +304,7 @@ def compare_paired(
     pair = PairedComparison(
         arm=arm, control=control, benchmark=benchmark, num_items=len(differences), difference=_digits(100 * sum(differences) / len(differences)),
         low=_digits(100 * low), high=_digits(100 * high), **table,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     return pair, resampled
 
 

@@ -262,16 +262,15 @@ def _choose(config: BenchmarkConfig, measurements: Sequence[Measurement]) -> Mea
 def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement) -> Sample:
     question = task.doc_to_text(entry["doc"])
     choices = task.doc_to_choice(entry["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else ()
-    value = entry.get(chosen.metric)
+    value: Any = entry.get(chosen.metric)
+    value = value.item() if hasattr(value, "item") else value  # a numpy scalar
     score = float(value) if isinstance(value, bool | int | float) else None
-    if hasattr(value, "item"):  # a numpy scalar
-        score = float(value.item())
     generated = task.OUTPUT_TYPE == "generate_until"
     return Sample(
         task=name, doc_id=entry["doc_id"], doc_hash=entry["doc_hash"], prompt_hash=entry["prompt_hash"], target_hash=entry["target_hash"],
         question=question if isinstance(question, str) else "", choices=tuple(map(str, choices)), target=_plain(entry["target"]),
         responses=tuple(_response(answer) for answers in entry["resps"] for answer in answers),
-        outcome=_plain(entry["filtered_resps"]) if generated else None, score=score, correct={0.0: 0, 1.0: 1}.get(score) if score is not None else None,
+        outcome=_plain(entry["filtered_resps"]) if generated else None, score=score, correct=1 if score == 1 else 0 if score == 0 else None,
     )  # fmt: skip
 
 

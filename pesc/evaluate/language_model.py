@@ -86,7 +86,10 @@ def chunk_by_context(requests: Sequence[Instance], size: int) -> list[list[int]]
     return chunks
 
 
-class JournaledLM(HFLM):
+_Base: Any = HFLM  # its registration hides its attributes from type checkers
+
+
+class JournaledLM(_Base):
     """HFLM whose requests are answered chunk by chunk, journaled, and reported."""
 
     def __init__(self, *args: Any, journal: Path, on_progress: Callable[[int, int, str], None], **kwargs: Any):
@@ -143,6 +146,7 @@ def load_language_model(
         spread = _weight_bytes(model) > 0.8 * torch.cuda.get_device_properties(0).total_memory
     try:
         return JournaledLM(
+            backend="causal",
             pretrained=str(model), tokenizer=str(model), device=device, dtype=dtype, softmax_dtype="float32", batch_size=batch_size,
             parallelize=spread,
             journal=journal, on_progress=on_progress,

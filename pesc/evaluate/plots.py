@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pesc.evaluate.comparison import Comparison
 from pesc.evaluate.records import Training
@@ -22,7 +23,7 @@ ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 FUNNEL_COLOURS = {"kept": "#009e73"}
 REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
-_STYLE = {
+_STYLE: Any = {
     "svg.hashsalt": "pesc", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
@@ -167,7 +168,7 @@ def plot_training(training: Mapping[str, Training], colours: Mapping[str, str]) 
                     axes.plot(steps, _smooth(values), color=colours[arm], linewidth=1.6, label=f"{arm} (smoothed)")
             axes.set_xlabel("optimizer step")
             axes.set_ylabel(label)
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=6))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=6)
         return _svg(figure)

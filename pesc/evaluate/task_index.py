@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +51,7 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
             if text:
                 (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         manager = _open_manager([folder], stock=False)
-    elif config.task in OWN_TASKS and not manager.task_index[config.task].cfg.get("dataset_path"):
+    elif config.task in OWN_TASKS and not (manager.task_index[config.task].cfg or {}).get("dataset_path"):
         raise EvaluationError(f"Task {config.task} reads its items from files; set evaluate.benchmarks.*.source and .files (split test).")
     with _explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
         loaded = manager.load([config.task])
@@ -83,7 +83,7 @@ def _open_manager(folders: list[Path], stock: bool) -> TaskManager:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterable[None]:
+def _quiet(name: str) -> Iterator[None]:
     log = logging.getLogger(name)
     before = log.level
     log.setLevel(logging.ERROR)
@@ -162,7 +162,7 @@ def _override(manager: TaskManager, name: str, files: Mapping[str, str], config:
 
 
 @contextmanager
-def _explained(task: str, local: bool) -> Iterable[None]:
+def _explained(task: str, local: bool) -> Iterator[None]:
     """Turn what loading a task can raise into one sentence."""
     from jinja2 import UndefinedError
 

@@ -47,13 +47,13 @@ def parse_choice(row: dict[str, Any]) -> dict[str, Any]:
 
 def process_choices(dataset: Dataset) -> Dataset:
     """lm-eval's `process_docs` of the choice tasks: file order is kept, so `limit: N` means the first N rows."""
-    return type(dataset).from_list([parse_choice(row) for row in dataset])
+    return type(dataset).from_list([parse_choice(dict(row)) for row in dataset])
 
 
 def process_four_choices(dataset: Dataset) -> Dataset:
     """As `process_choices`, for tasks whose prompt shows exactly four options."""
     parsed = process_choices(dataset)
-    for row in parsed:
+    for row in map(dict, parsed):
         if len(row["choices"]) != 4:
             raise EvaluationError(f"{row['question'][:60]!r} has {len(row['choices'])} options; pesc_mmlu reads rows with four.")
     return parsed
