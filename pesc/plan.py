@@ -164,6 +164,11 @@ def _last_built(store: Store, recipe: Recipe, node: Node) -> Manifest | None:
     return None
 
 
+def reason_to_run(recipe: Recipe, store: Store, node: Node, key: Key, refresh: bool) -> str:
+    """Why a node whose inputs are there is built now."""
+    return "refresh was asked for" if refresh else _why(store, key, _last_built(store, recipe, node))
+
+
 def _why(store: Store, key: Key, last: Manifest | None) -> str:
     if store.manifest(key.stage, key.fingerprint) is not None:
         return "its object is missing from the store"

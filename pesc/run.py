@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pesc.errors import PescError, RecipeError, StoreError, disk_sentence
 from pesc.pipeline import Node, Stage, build_graph, stage_named
-from pesc.plan import PlannedAction, Selection, key_of, make_plan
+from pesc.plan import PlannedAction, Selection, key_of, make_plan, reason_to_run
 from pesc.recipe import Recipe
 from pesc.stage import BuildResult, Execution, Progress, StageContext
 from pesc.store import ArtifactRef, Manifest, Store
@@ -166,7 +166,8 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
         job = make_job(node, recipe, refs, refresh=node.address in refreshed)
         manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
         hit = manifest.ref if manifest else None
-        yield Step(node, reasons[node.address], None if hit and not hits_as_jobs else job, hit, refs)
+        reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
+        yield Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs)
         if node.address not in refs:
             raise RuntimeError(f"the caller of resolve() did not finish {node.address}")
 
