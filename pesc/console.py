@@ -87,7 +87,7 @@ def render_report(store: Store, outcome: Outcome) -> str:
     """The results table of a finished report, and where its page is."""
     import json
 
-    from pesc.evaluate.comparison import results_table
+    from pesc.evaluate.tables import results_table
 
     place = store.open(outcome.ref)
     table = results_table(json.loads((place / "results.json").read_text()))
