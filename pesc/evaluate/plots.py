@@ -196,9 +196,9 @@ def plot_expert_load(load: Mapping[str, Any], num_experts: int) -> str:
         image = axes.imshow(
             values, cmap="viridis", vmin=1, vmax=top, aspect="auto", interpolation="none", extent=(0, len(columns), layers, 0)
         )
-        ticks = _evenly(range(len(columns)), 8)
+        ticks = range(0, len(columns), -(-len(columns) // 12))
         axes.set_xticks([tick + 0.5 for tick in ticks], [str(steps[columns[tick]]) for tick in ticks])
-        rows = _evenly(range(layers), 8)
+        rows = range(0, layers, -(-layers // 10))
         axes.set_yticks([row + 0.5 for row in rows], [str(row) for row in rows])
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("layer")
