@@ -47,7 +47,6 @@ def build(ctx: StageContext) -> BuildResult:
     """Run the benchmark and write results.json and samples.jsonl.  Raises EvaluationError."""
     config: BenchmarkConfig = ctx.config
     started = time.perf_counter()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress goes through ctx.progress; read when tqdm is imported
     generated = ctx.work / "tasks"
     shutil.rmtree(generated, ignore_errors=True)
     with offline(config.source is not None):

@@ -42,6 +42,7 @@ def build_isolated(stage: Stage, ctx: StageContext) -> BuildResult:
     job_path.write_text(json.dumps(_describe(stage, ctx), indent=1), encoding="utf-8")
     outcome = supervise.run(
         [sys.executable, "-m", "pesc.launch.isolated", str(job_path.resolve())],
+        env={"TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")},  # progress comes as events; bars would fill the log
         log_path=log_path,
         on_event=lambda event: relay(event, ctx.on_progress),
     )
