@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -12,7 +11,7 @@ from pesc.errors import RecipeError
 from pesc.pipeline import build_graph
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import Recipe
-from pesc.run import Job, Outcome, resolve
+from pesc.run import Job, Outcome, RunRecord, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job
@@ -50,23 +49,25 @@ def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, O
     with library_records():
         plan = make_plan(recipe, store, selection)
         publish_plan(plan, build_graph(recipe))
+        record = RunRecord(store, recipe)
         try:
-            _run_actions(plan, store, selection, outcomes)
+            _run_actions(plan, store, selection, outcomes, record)
         finally:
-            _record(recipe, store, outcomes)
+            record.write(outcomes)
         publish_summary(recipe.name, outcomes)
         if "report" in outcomes:
             publish_report(store, recipe.name, outcomes)
     return outcomes
 
 
-def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome]) -> None:
+def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome], record: RunRecord) -> None:
     log = get_run_logger()
     log.info("%s in %s: %s.", plan.recipe.name, store.root, ", ".join(f"{n} {status}" for status, n in plan.counts.items() if n))
     for step in resolve(plan.recipe, store, selection, hits_as_jobs=True):
         assert step.job is not None  # hits_as_jobs
         job = _once_a_run(store, step.job)
         if job.refresh or store.find(job.key.stage, job.fingerprint) is None:
+            record.write(outcomes)
             log.info("RUN %s: %s", job.address, step.reason)
         outcome = step.finish(run_job(TASKS[step.node.stage.name], job, store))
         outcomes[outcome.address] = outcome
@@ -79,9 +80,3 @@ def _once_a_run(store: Store, job: Job) -> Job:
     manifest = store.find(job.key.stage, job.fingerprint) if job.refresh else None
     done = manifest is not None and manifest.prefect_run is not None and manifest.prefect_run == flow_run.get_id()
     return job.model_copy(update={"refresh": False}) if done else job
-
-
-def _record(recipe: Recipe, store: Store, outcomes: dict[str, Outcome]) -> None:
-    if outcomes:
-        name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        store.record_run(recipe.name, name, {address: outcome.ref.fingerprint for address, outcome in outcomes.items()})

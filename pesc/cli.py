@@ -201,6 +201,8 @@ def adopt(
     if address not in actions:
         raise RecipeError(f"Recipe {loaded.name!r} has no action {address!r}. It has: {', '.join(actions)}.")
     action = actions[address]
+    if action.status == "HIT":
+        raise RecipeError(f"{address} of recipe {loaded.name!r} has a result already ({action.reason}); there is nothing to adopt.")
     if missing := [name for name in action.node.inputs.values() if actions[name].status != "HIT"]:
         raise RecipeError(f"{address} cannot adopt a result before its inputs are there: {', '.join(missing)}.")
     donors = [m for m in place.manifests(action.node.stage.name) if m.fingerprint.startswith(fingerprint)]

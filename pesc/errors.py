@@ -67,5 +67,5 @@ def disk_sentence(error: OSError, root: Path) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk of {root} is full. Free space (`pesc gc` shows what nothing needs), then run again: finished stages and checkpoints are kept."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        return f"{error.filename or root} cannot be written ({error.strerror}). Give another store with --store or PESC_STORE, or mend its permissions."
+        return f"{error.filename or root} cannot be used ({error.strerror}). Give another store with --store or PESC_STORE, or mend its permissions."
     return None

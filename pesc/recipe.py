@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -29,11 +30,14 @@ from pesc.errors import RecipeError
 from pesc.evaluate.config import EvaluateConfig, ReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.stage import Execution, StageConfig
+from pesc.store.digest import canonical_json
 from pesc.train.config import TrainConfig
 
 C = TypeVar("C", bound=StageConfig)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one reads a recipe ten times faster
 NAME = r"^[a-z0-9][a-z0-9_.-]*$"
+MAX_NAME = 100
+"""Characters of a name; it becomes the name of a directory."""
 
 
 class ArmConfig(StageConfig):
@@ -47,7 +51,7 @@ class ArmConfig(StageConfig):
 class Recipe(StageConfig):
     """A complete, checked run.  Every value is present: defaults are filled in, overrides applied."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, max_length=MAX_NAME)
     description: str = ""
     base: str = Field(description="Name of the source that is the dense model.")
     sources: dict[str, SourceConfig] = Field(min_length=1)
@@ -102,11 +106,9 @@ class Recipe(StageConfig):
 
 
 def _check_names(value: Mapping[str, Any]) -> None:
-    import re
-
     for name in value:
-        if not re.match(NAME, name):
-            raise ValueError(f"{name!r} cannot be a name: use lower-case letters, digits, '-', '_' and '.'")
+        if len(name) > MAX_NAME or not re.fullmatch(NAME, name):
+            raise ValueError(f"{name!r} cannot be a name: use at most {MAX_NAME} lower-case letters, digits, '-', '_' and '.'")
 
 
 def _override(config: C, changes: Mapping[str, Any], where: str) -> C:
@@ -144,9 +146,14 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """Check a recipe given as data.  Raises RecipeError naming each wrong field."""
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
+        canonical_json(recipe.model_dump(mode="json"))
     except ValidationError as error:
         raise RecipeError(f"Recipe {origin!r} cannot be used: {_sentence(error)}. See `pesc show` for a complete recipe.") from None
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 40) : error.start]
+        raise RecipeError(f"Recipe {origin!r} cannot be used: after {near!r} stands a character that is not valid Unicode.") from None
+    return recipe
 
 
 def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
@@ -155,22 +162,25 @@ def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except OSError as error:
+        raise RecipeError(f"Recipe file {path} cannot be read ({error.strerror}).") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"Recipe file {path} must hold a map of settings, not {type(raw).__name__}.")
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
+    if not isinstance(parent, str):
+        raise RecipeError(f"Recipe file {path}: `extends` must be the name or the path of one recipe, not {parent!r}.")
     if depth:
         raise RecipeError(f"Recipe file {path} extends {parent!r}, but is itself extended: one level is allowed.")
-    sibling = path.parent / f"{parent}.yaml"
-    return _merge(_read(str(sibling) if sibling.exists() else str(parent), depth + 1), raw)
+    beside = path.parent / (parent if _is_path(parent) else f"{parent}.yaml")
+    return _merge(_read(str(beside) if os.path.isfile(beside) else parent, depth + 1), raw)
 
 
 def _find(name_or_path: str) -> Any:
-    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or os.sep in name_or_path
-    if looks_like_path:
+    if _is_path(name_or_path):
         path = Path(name_or_path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
             raise RecipeError(f"There is no recipe file {name_or_path}. `pesc recipes` lists the ones that ship with the package.")
         return path
     if name_or_path in recipe_names():
@@ -178,6 +188,10 @@ def _find(name_or_path: str) -> Any:
     close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise RecipeError(f"There is no recipe {name_or_path!r}.{hint} Known: {', '.join(recipe_names())}; or give the path of a YAML file.")
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or os.sep in text
 
 
 def _parse_override(text: str) -> dict[str, Any]:

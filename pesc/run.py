@@ -115,19 +115,36 @@ def run_recipe(
     `on_action(node, reason)` is called before an action is built, `on_outcome` after each action. Raises PescError.
     """
     outcomes: dict[str, Outcome] = {}
+    record = RunRecord(store, recipe)
     try:
         for step in resolve(recipe, store, selection):
             if step.job is not None:
+                record.write(outcomes)
                 on_action(step.node, step.reason)
                 outcomes[step.node.address] = step.finish(build_or_open(store, step.job, on_progress))
             else:
                 outcomes[step.node.address] = step.outcome
             on_outcome(outcomes[step.node.address])
     finally:
-        if outcomes:
-            name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-            store.record_run(recipe.name, name, {address: outcome.ref.fingerprint for address, outcome in outcomes.items()})
+        record.write(outcomes)
     return outcomes
+
+
+class RunRecord:
+    """Which actions a run uses, for `gc`: written before each build, so that nothing a long build reads is taken for unused."""
+
+    def __init__(self, store: Store, recipe: Recipe) -> None:
+        self._store, self._recipe = store, recipe.name
+        self._name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+
+    def write(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Write what is known so far.  A store that cannot be written costs the record, not the run."""
+        if not outcomes:
+            return
+        try:
+            self._store.record_run(self._recipe, self._name, {address: o.ref.fingerprint for address, o in outcomes.items()})
+        except OSError as error:
+            logger.debug("The record of this run was not written: %s", error)
 
 
 class Step:
@@ -154,11 +171,13 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
     """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
 
     The caller runs each step's job and calls `step.finish` before it asks for the next. Raises RecipeError, before anything is
-    built, when an action is BLOCKED. With `hits_as_jobs` HITs come with a job too, for callers that show them.
+    built, when an action is BLOCKED or the report names figures that do not exist. With `hits_as_jobs` HITs come with a job too, for callers that show them.
     """
     plan = make_plan(recipe, store, selection)
     if blocked := [action for action in plan if action.status == "BLOCKED"]:
         raise RecipeError(_blocked_sentence(recipe, blocked))
+    if any(action.node.stage.name == "report" and action.status == "RUN" for action in plan):
+        _check_figures(recipe)
     graph, refs = build_graph(recipe), {}
     refreshed = selection.refreshed(graph)
     reasons = {action.address: action.reason for action in plan}
@@ -170,6 +189,18 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
         yield Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs)
         if node.address not in refs:
             raise RuntimeError(f"the caller of resolve() did not finish {node.address}")
+
+
+def _check_figures(recipe: Recipe) -> None:
+    """The report comes last; figures that it cannot find are told before the first stage.  Raises EvaluationError."""
+    from pesc.evaluate.baselines import load_baselines
+
+    figures = load_baselines()
+    for system in recipe.report.baselines:
+        figures.require_system(system)
+    for benchmark in recipe.evaluate.benchmarks.values():
+        if benchmark.baseline:
+            figures.require_row(benchmark.baseline)
 
 
 def _blocked_sentence(recipe: Recipe, blocked: list[PlannedAction]) -> str:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class StageConfig(BaseModel):
     """Settings that may change the bytes a stage writes.  Frozen, closed (an unknown field is an error), fully in the key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)  # no JSON, so no key, for those
 
 
 class Execution(BaseModel):

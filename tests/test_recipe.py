@@ -94,6 +94,11 @@ def test_overrides_are_typed_by_the_models(write):
         ("arms.pesc.method=moe", r"arms\.pesc\.method"),
         ("no-equals-sign", "must look like train.learning_rate=2e-4"),
         ("train=[", "not valid YAML"),
+        ("train.learning_rate=.inf", r"train\.learning_rate: Input should be a finite number"),
+        ("mix.weights.general=.nan", r"mix\.weights\.general: Input should be a finite number"),
+        ('report.title="ok \\udcff"', "after .*ok .* stands a character that is not valid Unicode"),
+        (f"name={'n' * 101}", "name: String should have at most 100 characters"),
+        ('arms={"pesc\\n": {method: pesc}}', "cannot be a name"),
     ],
 )
 def test_a_wrong_override_is_a_sentence_that_names_the_field(write, override, message):
@@ -104,11 +109,20 @@ def test_a_wrong_override_is_a_sentence_that_names_the_field(write, override, me
 def test_an_unknown_recipe_suggests_the_nearest():
     with pytest.raises(RecipeError, match=r"no recipe 'dmo'\. Did you mean 'demo'"):
         load_recipe("dmo")
-    with pytest.raises(RecipeError, match=r"no recipe file ./missing\.yaml"):
-        load_recipe("./missing.yaml")
+    for missing in ("./missing.yaml", f"{'n' * 5000}.yaml"):
+        with pytest.raises(RecipeError, match="There is no recipe file"):
+            load_recipe(missing)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "must hold a map"), ("\x00", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "must hold a map"),
+        ("\x00", "not valid YAML"),
+        ("extends: [demo]", "must be the name or the path of one recipe"),
+    ],
+)
 def test_a_broken_file_is_a_sentence(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
@@ -128,3 +142,11 @@ def test_extends_merges_maps_and_replaces_the_rest(write, tmp_path):
     (tmp_path / "grandchild.yaml").write_text("extends: child\nname: grandchild\n")
     with pytest.raises(RecipeError, match="one level"):
         load_recipe(str(tmp_path / "grandchild.yaml"))
+
+
+def test_a_path_in_extends_is_relative_to_the_file_that_holds_it(write, tmp_path, monkeypatch):
+    write()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "child.yaml").write_text("extends: ../tiny.yaml\nname: child\n")
+    monkeypatch.chdir("/")
+    assert load_recipe(str(tmp_path / "sub" / "child.yaml")).mix.total == 10

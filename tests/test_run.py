@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pesc.errors import DataError, RecipeError, StoreError, disk_sentence
+from pesc.errors import DataError, EvaluationError, RecipeError, StoreError, disk_sentence
 from pesc.plan import Selection, make_plan
 from pesc.run import adopt, make_job, run_recipe
 from pesc.store.maintenance import fsck
@@ -203,4 +203,47 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(fakes, store, tiny_recipe, 
     assert json.dumps(sorted(p.name for p in store.root.glob("actions/*/*"))) == before
     monkeypatch.undo()
     assert fsck(store).is_clean
-    assert disk_sentence(OSError(errno.EROFS, "Read-only file system", "/x"), store.root).startswith("/x cannot be written")
+    assert disk_sentence(OSError(errno.EROFS, "Read-only file system", "/x"), store.root).startswith("/x cannot be used")
+
+
+def test_what_a_run_uses_is_recorded_before_each_build(fakes, store, tiny_recipe):
+    """So that `gc` beside a day of training keeps the old results that the training reads."""
+    run_recipe(tiny_recipe(), store, Selection(until=("tokenize",)))
+    fakes.FAIL_AT.add("train[pesc]")
+    seen = []
+
+    def on_action(node, _reason):
+        seen.append((node.address, [set(json.loads(path.read_text())) for path in store.root.glob("runs/tiny/*.json")]))
+
+    for record in store.root.glob("runs/tiny/*.json"):
+        record.unlink()
+    with pytest.raises(DataError):
+        run_recipe(tiny_recipe(), store, Selection(until=("train[pesc]",)), on_action=on_action)
+    [records] = [records for address, records in seen if address == "train[pesc]"]
+    assert records == [{"download[base]", "download[rows]", "dedup", "mix", "tokenize", "upcycle[pesc]"}]
+    assert len(list(store.root.glob("runs/tiny/*.json"))) == 1
+
+
+def test_a_store_that_cannot_be_written_still_gives_what_it_has(fakes, store, tiny_recipe, monkeypatch):
+    import errno
+
+    run_recipe(tiny_recipe(), store)
+
+    def refuse(*_args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(store), "record_run", refuse)
+    assert {o.how for o in run_recipe(tiny_recipe(), store).values()} == {"hit"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report": {"baselines": ["gpt-3.6"]}}, "Did you mean 'gpt-3.5'"),
+        ({"evaluate": {"benchmarks": {"quiz": {"baseline": "quizz"}}}}, "no row of the published figures"),
+    ],
+)
+def test_figures_that_the_report_cannot_find_are_told_before_anything_is_built(fakes, store, tiny_recipe, changes, message):
+    with pytest.raises(EvaluationError, match=message):
+        run_recipe(tiny_recipe(**changes), store)
+    assert fakes.CALLS == []

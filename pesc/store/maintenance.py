@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -11,15 +12,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pesc.errors import StoreBusyError, StoreError
 from pesc.store.digest import digest_tree
 from pesc.store.manifest import Manifest
 from pesc.store.store import Store
-from pesc.store.workspace import is_locked
+from pesc.store.workspace import is_locked, locked_workspace
 
 
 @dataclass
 class FsckReport:
-    """What `fsck` saw.  `problems` are sentences; `leftovers` are workspaces of actions that were never finished."""
+    """What `fsck` saw.  `problems` are sentences; `leftovers` are workspaces and places of actions that were never finished."""
 
     num_actions: int = 0
     num_objects: int = 0
@@ -29,7 +31,7 @@ class FsckReport:
 
     @property
     def is_clean(self) -> bool:
-        """No damaged manifest or object.  An unfinished workspace is not damage: it is where a rerun resumes."""
+        """No damaged manifest or object.  What was never committed is not damage: a rerun resumes from it."""
         return not self.problems
 
 
@@ -41,6 +43,9 @@ def fsck(store: Store, repair: bool = False) -> FsckReport:
     report = FsckReport()
     broken = _check_objects(store, report, repair)
     for path in sorted(store.root.glob("actions/*/*")):
+        if not (path / "manifest.json").exists():  # stopped before the commit
+            report.leftovers.append(path)
+            continue
         report.num_actions += 1
         problem = _action_problem(store, path, broken)
         if problem:
@@ -57,7 +62,7 @@ def _check_objects(store: Store, report: FsckReport, repair: bool) -> set[str]:
     broken: set[str] = set()
     for path in sorted(store.root.glob("objects/*")):
         report.num_objects += 1
-        if digest_tree(path)[0] != path.name:
+        if not _is_whole(path):
             broken.add(path.name)
             report.problems.append(f"The object {path} does not have the bytes its name promises.")
             if repair:
@@ -65,12 +70,17 @@ def _check_objects(store: Store, report: FsckReport, repair: bool) -> set[str]:
     return broken
 
 
+def _is_whole(path: Path) -> bool:
+    try:
+        return digest_tree(path)[0] == path.name
+    except (StoreError, OSError):  # a link or a file that cannot be read
+        return False
+
+
 def _action_problem(store: Store, path: Path, broken: set[str]) -> str | None:
     try:
         manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
-    except FileNotFoundError:
-        return f"The action {path} has no manifest."
-    except ValidationError:
+    except (ValidationError, OSError):
         return f"The manifest of {path} cannot be read."
     if manifest.output.digest in broken or not store.has_object(manifest):
         return f"{manifest.address} ({path}) needs the object {manifest.output.digest[:12]}, which is missing or damaged."
@@ -103,29 +113,50 @@ def gc(store: Store, keep: Iterable[tuple[str, str]], keep_days: float, delete: 
     Objects go when no kept action names them; workspaces go when they are idle for as long and nobody holds them. Whatever a
     kept action was made from is kept as well. Removal goes actions first, so that a crash leaves no action without its object.
     An object younger than `keep_days` stays: its action may be about to be committed. Files hard-linked from a kept object free no bytes and are not counted.
+    Raises StoreError when a manifest cannot be read: nobody knows what it needs.
     """
     cutoff = time.time() - keep_days * 86_400
     roots = set(keep) | _recent_actions(store, cutoff)
-    manifests = {(m.key.stage, m.fingerprint): m for m in store.manifests()}
+    places = _folders(store, "actions")
+    manifests = {key: m for path in places if (m := store.manifest(*(key := (path.parent.name, path.name))))}
     kept = _with_inputs(roots & set(manifests), manifests)
     report = GcReport(kept_actions=len(kept))
     report.actions = [store.action_path(*key) for key in manifests if key not in kept]
     digests = {manifests[key].output.digest for key in kept}
     report.objects = [p for p in sorted(store.root.glob("objects/*")) if p.name not in digests and p.stat().st_mtime <= cutoff]
-    report.workspaces = [p for p in sorted(store.root.glob("work/*/*")) if p.stat().st_mtime < cutoff and not is_locked(p)]
+    unfinished = [p for p in places if (p.parent.name, p.name) not in manifests]
+    idle = [p for p in unfinished if not is_locked(store.workspace_path(p.parent.name, p.name))]
+    report.actions += [p for p in idle if _last_change(p) <= cutoff]
+    report.workspaces = [p for p in _folders(store, "work") if _last_change(p) <= cutoff and not is_locked(p)]
     doomed = [*report.actions, *report.objects, *report.workspaces]
     report.freed_bytes = sum(_unshared_bytes(p) for p in doomed)
     if delete:
-        for path in doomed:
+        for path in (*report.actions, *report.objects):
             shutil.rmtree(path)
+        for path in report.workspaces:
+            with contextlib.suppress(StoreBusyError), locked_workspace(path, path.parent.name) as workspace:
+                workspace.discard()
     return report
+
+
+def _folders(store: Store, kind: str) -> list[Path]:
+    return sorted(p for p in store.root.glob(f"{kind}/*/*") if p.is_dir())
+
+
+def _last_change(path: Path) -> float:
+    """When anything in a directory was last written (a checkpoint does not change the directory that holds its directory)."""
+    return max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
 
 
 def _recent_actions(store: Store, cutoff: float) -> set[tuple[str, str]]:
     recent = {(p.parent.parent.name, p.parent.name) for p in store.root.glob("actions/*/*/manifest.json") if p.stat().st_mtime > cutoff}
     for path in store.root.glob("runs/*/*.json"):
         if path.stat().st_mtime > cutoff:
-            recent |= {(address.partition("[")[0], fp) for address, fp in json.loads(path.read_bytes()).items()}
+            try:
+                used = json.loads(path.read_bytes())
+                recent |= {(address.partition("[")[0], fp) for address, fp in used.items()}
+            except (ValueError, AttributeError):
+                raise StoreError(f"{path}, which says what a run used, cannot be read. Remove it if nothing needs that run.") from None
     return recent
 
 

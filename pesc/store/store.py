@@ -113,6 +113,8 @@ class Store:
             _sync(target.parent)
         elif digest_tree(target)[0] != digest:  # a damaged object must not be taken for the new one
             self._replace(tree, target)
+        else:
+            os.utime(target)  # wanted again: `gc` must not take it for an old one before the manifest is there
         shutil.rmtree(tree, ignore_errors=True)
         return digest, entries
 

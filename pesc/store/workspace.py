@@ -20,6 +20,8 @@ from pathlib import Path
 
 from pesc.errors import StoreBusyError
 
+LOCK_NAME = ".lock"
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -38,8 +40,15 @@ class Workspace:
         self.out.mkdir(parents=True)
 
     def discard(self) -> None:
-        """Remove everything, the lock file last."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove everything, the lock file last: while it is there, nobody else starts in a directory that is being removed."""
+        with contextlib.suppress(OSError):
+            for path in self.root.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
+            (self.root / LOCK_NAME).unlink()
+            self.root.rmdir()
 
 
 @contextlib.contextmanager
@@ -55,8 +64,8 @@ def locked_workspace(root: Path, label: str) -> Iterator[Workspace]:
 def is_locked(root: Path) -> bool:
     """Whether some process holds the workspace."""
     try:
-        descriptor = os.open(root / ".lock", os.O_RDWR)
-    except FileNotFoundError:
+        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +79,7 @@ def is_locked(root: Path) -> bool:
 
 
 def _acquire(root: Path, label: str) -> int:
-    path = root / ".lock"
+    path = root / LOCK_NAME
     while True:
         root.mkdir(parents=True, exist_ok=True)
         try:

@@ -150,7 +150,7 @@ def test_an_unfinished_workspace_is_reported_but_is_no_damage(store):
 
 def _age(store: Store, days: float) -> None:
     then = time.time() - days * 86_400
-    for path in [*store.root.glob("objects/*"), *store.root.glob("actions/*/*/manifest.json"), *store.root.glob("work/*/*")]:
+    for path in store.root.rglob("*"):
         os.utime(path, (then, then))
 
 
@@ -187,3 +187,74 @@ def test_gc_leaves_a_held_workspace_alone(store, holder):
     report = gc(store, keep=[], keep_days=30, delete=True)
     assert [p.name for p in report.workspaces] == ["b" * 64]
     assert store.workspace_path("train", "f" * 64).exists()
+
+
+def test_gc_keeps_a_workspace_whose_checkpoints_are_recent(store):
+    with store.workspace("train", "c" * 64, "train") as workspace:
+        (workspace.root / "checkpoints").mkdir()
+    _age(store, 100)
+    (workspace.root / "checkpoints" / "step_200").write_text("fresh")
+    assert gc(store, keep=[], keep_days=30).workspaces == []
+
+
+def test_gc_stops_at_a_manifest_that_it_cannot_read(store):
+    made = commit(store)
+    _age(store, 100)
+    (store.action_path("mix", made.fingerprint) / "manifest.json").write_text('{"format": "of a newer pesc"}')
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+        gc(store, keep=[], keep_days=0, delete=True)
+    assert store.object_path(made.output.digest).is_dir(), "nobody knows whether that action needs it"
+
+
+def test_gc_of_a_damaged_run_record_is_a_sentence(store):
+    store.record_run("r", "now", {})
+    (store.root / "runs" / "r" / "now.json").write_text("[")
+    with pytest.raises(StoreError, match="says what a run used"):
+        gc(store, keep=[], keep_days=30)
+
+
+def test_an_object_that_is_wanted_again_is_not_old(store):
+    made = commit(store)
+    _age(store, 100)
+    with store.workspace("mix", "d" * 64, "mix") as workspace:
+        workspace.clear_output()
+        (workspace.out / "data.bin").write_bytes(b"rows")
+        store.publish(workspace.out)  # the manifest is about to be written
+    assert made.output.digest not in {p.name for p in gc(store, keep=[], keep_days=30).objects}
+
+
+def test_an_action_stopped_before_its_commit_is_no_damage_and_gc_removes_it(store):
+    place = store.action_path("train", "e" * 64)
+    place.mkdir(parents=True)
+    (place / "log.txt").write_text("the disk was full when the manifest came")
+    report = fsck(store)
+    assert report.is_clean
+    assert report.num_actions == 0
+    assert report.leftovers == [place]
+    _age(store, 100)
+    assert gc(store, keep=[], keep_days=30, delete=True).actions == [place]
+    assert not place.exists()
+
+
+def test_fsck_goes_on_past_an_object_with_a_link(store):
+    made = commit(store)
+    (store.object_path(made.output.digest) / "link").symlink_to("/etc/hostname")
+    report = fsck(store, repair=True)
+    assert any(made.output.digest in problem for problem in report.problems)
+    assert fsck(store).is_clean
+
+
+def test_discarding_a_workspace_removes_the_lock_last(store, monkeypatch):
+    from pesc.store import workspace as module
+
+    seen = []
+
+    def rmtree(path, **_):
+        seen.append((path.name, (path.parent / ".lock").exists()))
+
+    monkeypatch.setattr(module.shutil, "rmtree", rmtree)
+    with store.workspace("mix", "a" * 64, "mix") as workspace:
+        workspace.out.mkdir()
+        workspace.discard()
+    assert seen == [("out", True)]
+    assert not (workspace.root / ".lock").exists()
