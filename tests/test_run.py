@@ -19,7 +19,7 @@ def test_a_second_run_builds_nothing(fakes, store, tiny_recipe):
     built = list(fakes.CALLS)
     second = run_recipe(tiny_recipe(), store)
     assert built == list(first)
-    assert fakes.CALLS == built
+    assert built == fakes.CALLS
     assert {o.how for o in second.values()} == {"hit"}
     assert {a: o.ref for a, o in first.items()} == {a: o.ref for a, o in second.items()}
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(fakes, store, tiny_recipe, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(store), "publish", full)
-    with pytest.raises(StoreError, match="is full. Free space"):
+    with pytest.raises(StoreError, match=r"is full\. Free space"):
         run_recipe(tiny_recipe(), store)
     assert json.dumps(sorted(p.name for p in store.root.glob("actions/*/*"))) == before
     monkeypatch.undo()
