@@ -103,7 +103,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "train",
         TrainConfig,
-        1,
+        2,
         "pesc.train.stage:build",
         ("pesc.train", "pesc.models.factory", "pesc.moe"),
         wants_gpu=True,

@@ -75,13 +75,31 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(*names: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(names):
                 return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
+
+
+_BFLOAT16_FLAGS = {"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "asimdhp"}
+
+
+def slow_bfloat16_sentence(setting: str) -> str | None:
+    """A warning when this CPU has no instructions for bf16 matrices: torch's own loops are some twenty times slower than its fp32.
+
+    None when the CPU has them, or does not say.  setting: what to set to float32 instead.
+    """
+    flags = set(_cpu_field("flags", "Features").split())
+    if not flags or flags & _BFLOAT16_FLAGS:
+        return None
+    return f"This CPU ({_cpu_name()}) has no instructions for bfloat16 matrices, which makes them many times slower than float32: set {setting}=float32."
 
 
 def _file_sha256(path: Path) -> str | None:

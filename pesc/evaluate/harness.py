@@ -31,6 +31,8 @@ from pesc.errors import EvaluationError
 from pesc.evaluate.config import BenchmarkConfig
 from pesc.evaluate.results import BenchmarkResult, Measurement, ModelFacts, Sample, TaskResult, write_results
 from pesc.evaluate.task_index import OWN_TASKS, load_tasks
+from pesc.moe.tuning import export_choices
+from pesc.provenance import slow_bfloat16_sentence
 from pesc.stage import BuildResult, StageContext
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def build(ctx: StageContext) -> BuildResult:
     logger.info("%s: %s %.4f over %d items in %.1f s", ctx.address, result.metric, result.value, result.num_items, seconds)
     metrics = {
         "value": result.value, "stderr": result.stderr, "items": result.num_items, "seconds": round(seconds, 2), "loading_seconds": round(loading, 2),
+        "dispatch": export_choices(),
         "items_per_second": round(result.num_items / max(seconds - loading, 1e-9), 3), "device": str(model.device), "batch_size": int(model.batch_size),
     }  # fmt: skip
     return BuildResult(metrics=metrics, provenance={"lm_eval": result.lm_eval_version, "task_hash": result.task_hash})
@@ -125,8 +128,12 @@ def _load_model(ctx: StageContext) -> JournaledLM:
         ctx.progress(done, total, unit="requests", message=f"{ctx.config.task}: {names[kind]}")
 
     ctx.work.mkdir(parents=True, exist_ok=True)
+    device, benchmark = choose_device(ctx.execution.device), ctx.address.rpartition("/")[2].rstrip("]")
+    warning = slow_bfloat16_sentence(f"evaluate.benchmarks.{benchmark}.dtype")
+    if warning and device == "cpu" and ctx.config.dtype == "bfloat16":
+        logger.warning(warning)
     return load_language_model(
-        ctx.inputs["model"], device=choose_device(ctx.execution.device), dtype=ctx.config.dtype, batch_size=ctx.execution.evaluate_batch_size,
+        ctx.inputs["model"], device=device, dtype=ctx.config.dtype, batch_size=ctx.execution.evaluate_batch_size,
         journal=ctx.work / "answers.jsonl", on_progress=report,
     )  # fmt: skip
 

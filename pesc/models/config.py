@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pesc.moe.config import PescConfig
 from pesc.stage import StageConfig
 
 
@@ -18,14 +19,29 @@ class UpcycleConfig(StageConfig):
     scaling: float = Field(default=1.0, gt=0, description="Factor on the adapters' sum (s); 1 in the paper, 0.25 in the published configs.")
     seed: int = Field(default=42, ge=0, description="Seed of the router and of the down projections; the up projections start at zero.")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of the bank and the router on disk.")
+    dispatch: Literal["auto", "dense", "grouped", "segments", "reference"] = Field(
+        default="auto", description="How the adapters run. auto: the fastest where it runs; pin one where every bit must repeat."
+    )
+    adapter_input: Literal["ffn_output", "ffn_input"] = Field(
+        default="ffn_output", description="What the adapters read; the paper's read the FFN's output, GroveMoE's its input."
+    )
+    layer_experts: tuple[int, ...] | None = Field(
+        default=None, description="Adapters of each layer instead of num_experts for all; 0 leaves a layer dense."
+    )
+    shared_adapter_dim: int = Field(default=0, ge=0, description="Width of one more adapter that every token uses; 0: none.")
 
     @model_validator(mode="after")
-    def _top_k_within_experts(self) -> UpcycleConfig:
+    def _is_a_shape(self) -> UpcycleConfig:
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); a token cannot use more experts than there are"
             )
+        self.block()
         return self
+
+    def block(self) -> PescConfig:
+        """The `pesc` block of the model that these settings make.  Raises ValueError for values that do not fit together."""
+        return PescConfig.from_dict(self.model_dump(exclude={"dtype"}))
 
 
 class MergeConfig(StageConfig):

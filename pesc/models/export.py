@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pesc.models.factory import Architecture
 
 CODE_NAME = "modeling_pesc.py"
-_MODULES = ("config", "initial", "router", "dispatch", "adapters", "layer")
+_MODULES = ("config", "initial", "router", "paths", "segments", "tuning", "dispatch", "adapters", "layer")
 """Modules of pesc.moe in the order in which they build on one another."""
 
 _CLASSES = Template('''

@@ -95,7 +95,8 @@ def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> Merge
     check_complete(fields, model.specs, model_dir)
     training = read_training(trained_dir)
     lora = read_lora(trained_dir / "adapter", model.specs)
-    bank = _read_bank(trained_dir / BANK_NAME, model.specs)
+    fields = with_trained_options(fields, training["config"])
+    bank = _read_bank(trained_dir / BANK_NAME, {**model.specs, **_bias_specs(fields, model.specs)})
     _check_declared(training, lora, bank, trained_dir)
     quantized: frozenset[str] = frozenset()
     if config.base == "dequantized":
@@ -128,6 +129,22 @@ def read_training(trained_dir: Path) -> dict[str, Any]:
     return training
 
 
+def with_trained_options(fields: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the trained model: balancing by bias has given its routers one."""
+    balance = training.get("balance") or {}
+    if not fields.get("pesc") or balance.get("kind") != "bias":
+        return dict(fields)
+    return {**fields, "pesc": {**fields["pesc"], "bias_update_rate": balance["bias_update_rate"]}}
+
+
+def _bias_specs(fields: Mapping[str, Any], model: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The routers' biases of a model that selects with them."""
+    if not (fields.get("pesc") or {}).get("bias_update_rate"):
+        return {}
+    weights = {name: spec for name, spec in model.items() if name.endswith(".mlp.router.weight")}
+    return {f"{name.removesuffix('.weight')}.bias_steps": TensorSpec("I32", spec.shape[:1]) for name, spec in weights.items()}
+
+
 def is_sparse_tensor(name: str) -> bool:
     """Whether a tensor belongs to a router or a bank."""
     return ".mlp.router." in name or ".mlp.adapters." in name
@@ -151,8 +168,8 @@ def _read_bank(path: Path, model: Mapping[str, TensorSpec]) -> dict[str, TensorS
 
 def _check_declared(training: Mapping[str, Any], lora: LoraAdapter, bank: Mapping[str, TensorSpec], where: Path) -> None:
     """The groups that training.json declares as trained are what was saved: so many tensors, so many parameters."""
-    routers = {name: spec for name, spec in bank.items() if ".mlp.router." in name}
-    banks = {name: spec for name, spec in bank.items() if name not in routers}
+    routers = {name: spec for name, spec in bank.items() if name.endswith(".mlp.router.weight")}
+    banks = {name: spec for name, spec in bank.items() if ".mlp.adapters." in name}
     saved = {"lora": (2 * len(lora.pairs), lora.num_parameters)}
     saved |= {
         group: (len(part), sum(s.num_elements for s in part.values())) for group, part in (("bank", banks), ("router", routers)) if part
@@ -172,7 +189,8 @@ def write_merged(
 ) -> list[dict[str, Any]]:
     """Write the merged model and its ledger to the empty `out_dir`; returns the ledger's entries."""
     target = dtype_code(config.dtype)
-    specs = {name: TensorSpec(target if spec.dtype in FLOATING else spec.dtype, spec.shape) for name, spec in parts.model.specs.items()}
+    tensors = {**parts.model.specs, **parts.bank}
+    specs = {name: TensorSpec(target if spec.dtype in FLOATING else spec.dtype, spec.shape) for name, spec in tensors.items()}
     shards = plan_shards(specs, config.max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     ledger: list[dict[str, Any]] = []
@@ -200,15 +218,10 @@ def _merge_tensor(parts: MergeParts, name: str, dtype: str) -> tuple[torch.Tenso
     """One tensor of the merged model in `dtype`, and its line in the ledger."""
     import torch
 
-    start = parts.model.read(name)
-    entry: dict[str, Any] = {
-        "name": name,
-        "action": "copied",
-        "shape": list(start.shape),
-        "dtype": dtype_code(str(start.dtype).removeprefix("torch.")),
-    }
-    if not start.is_floating_point():
-        return start, entry
+    start = parts.model.read(name) if name in parts.model.files else None
+    if start is None or not start.is_floating_point():
+        return _whole_numbers(parts, name, start)
+    entry: dict[str, Any] = {"name": name, "action": "copied", "shape": list(start.shape)}
     result = start
     if name in parts.bank:
         entry["action"] = "trained"
@@ -229,6 +242,15 @@ def _merge_tensor(parts: MergeParts, name: str, dtype: str) -> tuple[torch.Tenso
             f"{name} is not a number after the merge: the training diverged, or {dtype} cannot hold it; set merge.dtype to float32."
         )
     return merged, entry
+
+
+def _whole_numbers(parts: MergeParts, name: str, start: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A tensor that no fold or cast may touch: a trained bias, or a buffer of the model."""
+    trained = name in parts.bank
+    tensor = _read_trained(parts.bank_path, name) if trained else start
+    assert tensor is not None
+    kind = dtype_code(str(tensor.dtype).removeprefix("torch."))
+    return tensor, {"name": name, "action": "trained" if trained else "copied", "shape": list(tensor.shape), "dtype": kind}
 
 
 def _read_trained(path: Path, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def prove(parts: MergeParts, merged_dir: Path, prompts: list[str], config: Merge
 
     tokens = _encode(parts.model_dir, prompts)
     with torch.inference_mode():
-        model = _load(parts.model_dir)
+        model = _load(parts.model_dir, parts.fields)
         start = _run(model, tokens)
         unmerged = _apply_training(model, parts)
         expected = _run(unmerged, tokens)
@@ -82,11 +83,15 @@ def _encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
     return [ids for ids in encoded if ids.numel()]
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, fields: Mapping[str, Any] | None = None) -> Any:
+    """The model of a directory in fp32; with `fields`, as a model of that config.json."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(directory)
+    if fields and "pesc" in fields:
+        config.pesc = fields["pesc"]
+    return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32).eval()
 
 
 def _apply_training(model: Any, parts: MergeParts) -> Any:
@@ -94,7 +99,7 @@ def _apply_training(model: Any, parts: MergeParts) -> Any:
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in parts.quantized:
         parameters[name].copy_(parts.base_weight(name))
     if parts.bank:

@@ -52,7 +52,7 @@ def upcycle_directory(model_dir: Path, out_dir: Path, config: UpcycleConfig, pro
         return _import_checked(model_dir, out_dir, config, progress)
     dense = TensorDirectory(model_dir)
     fields = sparse_config_fields(model_dir, config)
-    bank = bank_specs(fields["num_hidden_layers"], fields["hidden_size"], config)
+    bank = bank_specs(fields["num_hidden_layers"], fields["hidden_size"], config, model_dir)
     check_complete(fields, {**dense.specs, **bank}, model_dir)
 
     files = {}
@@ -86,7 +86,6 @@ def _import_checked(model_dir: Path, out_dir: Path, config: UpcycleConfig, progr
 def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, Any]:
     """The sparse config.json: the dense one field by field, another model_type, and the `pesc` block."""
     from pesc.models.factory import architecture, is_sparse
-    from pesc.moe.config import PescConfig
 
     fields = read_config(model_dir)
     if is_sparse(fields):
@@ -96,10 +95,9 @@ def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, An
             f"{model_dir} is quantised ({fields['quantization_config'].get('quant_method')}): upcycle the unquantised model instead."
         )
     classes = architecture(fields.get("model_type", ""))
-    block = PescConfig(config.num_experts, config.top_k, config.adapter_dim, config.scaling, config.seed)
     for name in ("_name_or_path", "auto_map", "transformers_version"):
         fields.pop(name, None)
-    return fields | {"model_type": classes.model_type, "architectures": [classes.causal_lm.__name__], "pesc": block.to_dict()}
+    return fields | {"model_type": classes.model_type, "architectures": [classes.causal_lm.__name__], "pesc": config.block().to_dict()}
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -118,16 +116,26 @@ def write_config(out_dir: Path, fields: dict[str, Any]) -> None:
     (out_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def bank_specs(num_layers: int, hidden_size: int, config: UpcycleConfig) -> dict[str, TensorSpec]:
-    """Name -> spec of every tensor that the sparse model has and the dense one lacks, in layer order."""
-    dtype = dtype_code(config.dtype)
-    experts, width = config.num_experts, config.adapter_dim
-    shapes = {
-        "adapters.down": (experts, width, hidden_size),
-        "adapters.up": (experts, width, hidden_size),
-        "router.weight": (experts, hidden_size),
-    }
-    return {f"model.layers.{layer}.mlp.{part}": TensorSpec(dtype, shape) for layer in range(num_layers) for part, shape in shapes.items()}
+def bank_specs(num_layers: int, hidden_size: int, config: UpcycleConfig, where: Path) -> dict[str, TensorSpec]:
+    """Name -> spec of every tensor that the sparse model has and the dense one lacks, in layer order.
+
+    Raises ModelError when `layer_experts` does not name each layer once.
+    """
+    if config.layer_experts is not None and len(config.layer_experts) != num_layers:
+        raise ModelError(f"layer_experts names {len(config.layer_experts)} layers, but {where} has {num_layers}: give one number a layer.")
+    dtype, width, shared, block = dtype_code(config.dtype), config.adapter_dim, config.shared_adapter_dim, config.block()
+    specs = {}
+    for layer in range(num_layers):
+        experts = block.experts_of(layer)
+        shapes: dict[str, tuple[int, ...]] = {
+            "adapters.down": (experts, width, hidden_size),
+            "adapters.up": (experts, width, hidden_size),
+            "adapters.shared_down": (shared, hidden_size),
+            "adapters.shared_up": (shared, hidden_size),
+            "router.weight": (experts, hidden_size),
+        }
+        specs |= {f"model.layers.{layer}.mlp.{part}": TensorSpec(dtype, shape) for part, shape in shapes.items() if experts and shape[0]}
+    return specs
 
 
 def _write_bank(path: Path, specs: dict[str, TensorSpec], config: UpcycleConfig, progress) -> None:
@@ -171,8 +179,8 @@ def check_complete(fields: dict[str, Any], specs: dict[str, TensorSpec], where: 
 def count_parameters(dense: dict[str, TensorSpec], bank: dict[str, TensorSpec], config: UpcycleConfig) -> dict[str, Any]:
     """Parameters of the dense model, added ones, all, and those that one token uses."""
     added = sum(spec.num_elements for spec in bank.values())
-    idle = sum(spec.num_elements for name, spec in bank.items() if ".adapters." in name)
-    idle -= idle * config.top_k // config.num_experts
+    routed = [spec for name, spec in bank.items() if name.endswith((".adapters.down", ".adapters.up"))]
+    idle = sum(spec.num_elements // spec.shape[0] * (spec.shape[0] - config.top_k) for spec in routed)
     base = sum(spec.num_elements for spec in dense.values())
     return {"dense_parameters": base, "added_parameters": added, "total_parameters": base + added, "active_parameters": base + added - idle}
 

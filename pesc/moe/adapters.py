@@ -19,9 +19,23 @@ class AdapterBank(nn.Module):
     """E bottleneck adapters: A_e(y) = U_e · GELU(D_e · y), mixed by the gate weights.
 
     One module with two parameters: every rank touches every parameter in every step, so that ZeRO-3 and FSDP cannot run out of step.
+    With `shared_dim` there is one more adapter, `shared_down` and `shared_up` [shared_dim, H], which every token uses with weight 1.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, adapter_dim: int, scaling: float, name: str, seed: int, dispatch: str = "auto"):
+    shared_down: nn.Parameter | None
+    shared_up: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        adapter_dim: int,
+        scaling: float,
+        name: str,
+        seed: int,
+        dispatch: str = "auto",
+        shared_dim: int = 0,
+    ):
         super().__init__()
         self.scaling = scaling
         self.name = name
@@ -29,12 +43,13 @@ class AdapterBank(nn.Module):
         self.dispatch = dispatch
         self.down = nn.Parameter(torch.empty(num_experts, adapter_dim, hidden_size))
         self.up = nn.Parameter(torch.empty(num_experts, adapter_dim, hidden_size))
+        self.register_parameter("shared_down", nn.Parameter(torch.empty(shared_dim, hidden_size)) if shared_dim else None)
+        self.register_parameter("shared_up", nn.Parameter(torch.empty(shared_dim, hidden_size)) if shared_dim else None)
 
     @torch.no_grad()
-    def reset_parameters(self, keep: Callable[[nn.Parameter], bool] = lambda _: False) -> None:
+    def reset_parameters(self, keep: Callable[[torch.Tensor], bool] = lambda _: False) -> None:
         """Draw the start values from (seed, name): `down` kaiming uniform (a = √5), `up` zero.  Those that `keep` names stay."""
-        for part in ("down", "up"):
-            parameter = getattr(self, part)
+        for part, parameter in self.named_parameters(recurse=False):
             if not keep(parameter):
                 parameter.copy_(draw_initial(f"{self.name}.{part}", tuple(parameter.shape), self.seed))
 
@@ -47,8 +62,12 @@ class AdapterBank(nn.Module):
         flat_TH = y_TH.reshape(-1, hidden).to(self.down.dtype)
         gate_TK = weight_TK.reshape(-1, top_k) * self.scaling
         delta_TH = run_adapters(flat_TH, self.down, self.up, index_TK.reshape(-1, top_k), gate_TK, mode=self.dispatch)
+        if self.shared_down is not None and self.shared_up is not None:
+            shared_TR = nn.functional.gelu(nn.functional.linear(flat_TH, self.shared_down))
+            delta_TH = delta_TH + self.scaling * (shared_TR @ self.shared_up)
         return delta_TH.to(y_TH.dtype).reshape(y_TH.shape)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"bank={tuple(self.down.shape)}, scaling={self.scaling}, dispatch={self.dispatch}"
+        shared = f", shared={tuple(self.shared_down.shape)}" if self.shared_down is not None else ""
+        return f"bank={tuple(self.down.shape)}{shared}, scaling={self.scaling}, dispatch={self.dispatch}"

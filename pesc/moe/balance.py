@@ -2,8 +2,10 @@
 
     with RouterRecorder(model) as recorder:
         output = model(**batch)
-    loss = output.loss + coefficient * recorder.balance_loss(mask_BS)
+    loss = output.loss + coefficient * recorder.balance_loss(mask_BS) + z_coefficient * recorder.z_loss(mask_BS)
     loss.backward()
+
+Or without a loss, after each optimizer step: `router.update_bias(choices_E)` with the choices of all ranks (Wang et al. 2024).
 
 B sequences, S positions, T tokens that count (not padding), E experts, K active experts, L sparse layers.
 
@@ -23,27 +25,33 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pesc.moe.router import Router
+from pesc.moe.router import Router, select_experts
 
 
-def switch_loss(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+def switch_loss(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
     """E · Σ_i f_i · P_i of one layer, a scalar in fp32 (Fedus et al. 2022 eq. 4, PESC eq. 10 without α).
 
     logits_TE [T, E] of the tokens that count.  f_i: share of the tokens that expert i is chosen for (Σ f = K); P_i: mean probability,
     softmax over all experts.  Balanced routing gives K, all tokens on the same K experts up to E.  No tokens give 0.
+    bias_E: the selection's bias, if the router has one.
     """
     num_experts = logits_TE.shape[-1]
     tokens = max(logits_TE.shape[0], 1)
-    share_E = _count_choices(logits_TE, top_k) / tokens
+    share_E = count_choices(logits_TE, top_k, bias_E) / tokens
     probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0) / tokens
     return num_experts * torch.dot(share_E, probability_E)
 
 
-def _count_choices(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of (log Σ_e exp z_e)², a scalar in fp32: keeps logits small (Zoph et al. 2022, eq. 5).  No tokens give 0."""
+    return logits_TE.float().logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
+
+
+def count_choices(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
     """How many tokens choose each expert, [E] fp32, without a graph and without waiting for the device."""
     logits_TE = logits_TE.detach()
-    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, logits_TE.topk(top_k, dim=-1).indices, 1.0)
-    return chosen_TE.sum(dim=0)
+    index_TK, _ = select_experts(logits_TE, top_k, bias_E)
+    return torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, index_TK, 1.0).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,11 @@ class RoutingStatistics:
     tokens: int
 
 
-def routing_statistics(logits_TE: torch.Tensor, top_k: int) -> RoutingStatistics:
+def routing_statistics(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> RoutingStatistics:
     """Load, entropy and dead experts of one layer.  logits_TE [T, E] of the tokens that count.  Waits for the device."""
     logits_TE = logits_TE.detach()
     tokens, num_experts = logits_TE.shape
-    count_E = _count_choices(logits_TE, top_k).cpu().double()
+    count_E = count_choices(logits_TE, top_k, bias_E).cpu().double()
     load_E = count_E / count_E.sum().clamp(min=1)
     probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0).cpu() / max(tokens, 1)
     entropy = torch.special.entr(load_E).sum().item()
@@ -139,16 +147,29 @@ class RouterRecorder:
                     f"the logits of {name} have no gradient, so the balance loss would do nothing: "
                     "use gradient checkpointing with use_reentrant=False, and run the forward pass with gradients enabled"
                 )
-        losses = [switch_loss(logits, self.routers[name].top_k) for name, logits in counted.items()]
+        losses = [self._of_router(switch_loss, name, logits) for name, logits in counted.items()]
         return torch.stack([loss.to(losses[0].device) for loss in losses])
 
     def balance_loss(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Σ over the layers of `switch_loss`: the paper adds the loss of each sparse block to the total.  A scalar; K·L when balanced."""
         return self.balance_losses(mask_BS).sum()
 
+    def z_loss(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Σ over the layers of `z_loss`, a scalar on the first router's device."""
+        losses = [z_loss(logits) for logits in self.counted(mask_BS).values()]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+    def choices(self, mask_BS: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Router's name -> how many tokens chose each of its experts, [E] fp32.  Does not wait for the device."""
+        return {name: self._of_router(count_choices, name, logits) for name, logits in self.counted(mask_BS).items()}
+
+    def _of_router(self, function, name: str, logits: torch.Tensor):
+        router = self.routers[name]
+        return function(logits, router.top_k, router.selection_bias)
+
     def statistics(self, mask_BS: torch.Tensor | None = None) -> dict[str, RoutingStatistics]:
         """Router's name -> what it did.  Waits for the device: call it when you log, not in every step."""
-        return {name: routing_statistics(logits, self.routers[name].top_k) for name, logits in self.counted(mask_BS).items()}
+        return {name: self._of_router(routing_statistics, name, logits) for name, logits in self.counted(mask_BS).items()}
 
 
 def _drop_padding(logits: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:

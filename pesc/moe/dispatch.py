@@ -1,28 +1,38 @@
-"""Equal ways to compute Σ_K w · U_e · GELU(D_e · y) over a bank of small adapters.
+"""One interface for the equal ways to run the adapters (`pesc.moe.paths`), and which of them runs.
 
-T tokens, H hidden, E experts, K active experts, R adapter width; N = T·K assignments of a token to an expert.
+T tokens, H hidden, E experts, K active experts, R adapter width.
 
-    loop      one expert at a time, gathered and added back: E host syncs on CUDA.  The oracle of the tests; takes any dtype and shape.
-    dense     all experts on all tokens in two GEMMs, the gate weight (zero for unused experts) on the activations between them.
-              E/K times the adapters' FLOPs, but no sort, no sync, the same kernels whatever the routing is.
-    grouped   sort the assignments by expert, two grouped GEMMs over the segments.  The least FLOPs; needs rows of 16-byte multiples.
-    auto      dense while E·R <= DENSE_LIMIT, else grouped where the bank allows it, else loop.
+    auto   the fastest here, measured once for each (device, dtype, bank, tokens up to the next power of two, with or without gradients);
+           while compiling, tracing or capturing a CUDA graph, where nothing can be measured, `guess_path`.
+    other  the path of that name, pinned.
 
-All three apply the gate weight to the R-wide activations, not to the H-wide outputs: less to read and write, the same sum.
-Gradients reach y, down, up and the gate weights.  No sum is left to atomic adds on one address, in forward or backward, so that results
-repeat bit for bit on one machine.
+Contract
+- Gradients reach y, down, up and the gate weights.  All paths give one result up to rounding.
+- No path that `auto` can take waits for a CUDA device, except while it is measured.
+- `auto` on two machines, or twice on a busy one, may take two paths, whose results differ by rounding: pin one where every bit must repeat,
+  or carry the choices along (`pesc.moe.tuning.export_choices`, `adopt_choices`).
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+
+from pesc.moe.paths import grouped_allowed, run_dense, run_gathered, run_grouped, run_reference
+from pesc.moe.segments import run_segments
+from pesc.moe.tuning import choose_measured
 
 DENSE_LIMIT = 1024
-"""E·R up to which two plain GEMMs cost less than sorting: dense costs 2.6 % · R/64 of a 7B step, grouped 0.9 % · R/64 + 3.5 % (E = 8, K = 2)."""
+"""E·R up to which two plain GEMMs should cost less than sorting on CUDA: dense costs 2.6 % · R/64 of a 7B step, grouped 0.9 % · R/64 + 3.5 %."""
+GATHERED_LIMIT = 64
+"""Assignments (T·K) up to which copying each token's adapters is worth a try."""
 
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GROUPED_ALIGNMENT = 16
+PATHS = {
+    "reference": run_reference,
+    "dense": run_dense,
+    "grouped": run_grouped,
+    "segments": run_segments,
+    "gathered": run_gathered,
+}
 
 
 def run_adapters(
@@ -33,108 +43,51 @@ def run_adapters(
     Raises ValueError when the pinned mode does not exist or cannot run this bank.
     """
     if mode == "auto":
-        mode = choose_mode(down_ERH)
-    if mode == "dense":
-        return _run_dense(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
-    if mode == "grouped":
-        if not grouped_allowed(down_ERH):
-            raise ValueError(
-                f"dispatch 'grouped' cannot run a bank of shape {tuple(down_ERH.shape)} in {down_ERH.dtype} on {down_ERH.device.type}: "
-                "adapter_dim and hidden_size must be multiples of 16 bytes; set pesc.dispatch to 'dense' or 'auto'"
-            )
-        return _run_grouped(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
-    if mode == "loop":
-        return _run_loop(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
-    raise ValueError(f"there is no dispatch {mode!r}; choose auto, dense, grouped or loop")
+        mode = choose_path(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
+    elif mode not in PATHS:
+        raise ValueError(f"there is no dispatch {mode!r}; choose auto or {', '.join(PATHS)}")
+    elif reason := _obstacle(mode, y_TH, down_ERH):
+        raise ValueError(f"dispatch {mode!r} cannot run a bank of shape {tuple(down_ERH.shape)} in {down_ERH.dtype}: {reason}")
+    return PATHS[mode](y_TH, down_ERH, up_ERH, index_TK, gate_TK)
 
 
-def choose_mode(down_ERH: torch.Tensor) -> str:
-    """What `auto` means for this bank."""
+def choose_path(y_TH: torch.Tensor, down_ERH: torch.Tensor, up_ERH: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> str:
+    """What `auto` means for these tensors."""
+    if not y_TH.shape[0] or not _can_measure(y_TH):
+        return guess_path(down_ERH)
+    names = candidates(y_TH, down_ERH, index_TK)
+    return choose_measured({name: PATHS[name] for name in names}, y_TH, down_ERH, up_ERH, index_TK, gate_TK)
+
+
+def candidates(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor) -> list[str]:
+    """The paths that `auto` measures."""
+    few = index_TK.numel() <= GATHERED_LIMIT
+    names = [name for name in ("dense", "grouped", "segments") if not _obstacle(name, y_TH, down_ERH)]
+    return [*names, "gathered"] if few and not _obstacle("gathered", y_TH, down_ERH) else names
+
+
+def guess_path(down_ERH: torch.Tensor) -> str:
+    """A path without measuring: one that compiles, traces and waits for nothing (dynamo knows grouped_mm in bf16 alone)."""
     num_experts, adapter_dim, _ = down_ERH.shape
-    if num_experts * adapter_dim <= DENSE_LIMIT:
-        return "dense"
-    return "grouped" if grouped_allowed(down_ERH) else "loop"
+    if num_experts * adapter_dim > DENSE_LIMIT and down_ERH.dtype == torch.bfloat16 and grouped_allowed(down_ERH):
+        return "grouped"
+    return "dense"
 
 
-def grouped_allowed(down_ERH: torch.Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes this bank: dtype, row length, device."""
-    if not hasattr(F, "grouped_mm") or down_ERH.dtype not in _GROUPED_DTYPES:
+def _obstacle(mode: str, y_TH: torch.Tensor, down_ERH: torch.Tensor) -> str:
+    """Why a path cannot run these tensors; "" when it can."""
+    if mode == "grouped" and not grouped_allowed(down_ERH):
+        return f"grouped_mm on {down_ERH.device.type} takes no such rows (multiples of 16 bytes) or dtype; choose dense or auto"
+    if mode == "segments" and y_TH.device.type != "cpu":
+        return "it is for the CPU, since it reads the routing on the host; choose dense, grouped or auto"
+    if mode == "gathered" and torch.is_grad_enabled() and (y_TH.requires_grad or down_ERH.requires_grad):
+        return "it has no deterministic gradient; choose dense, grouped or auto for training"
+    return ""
+
+
+def _can_measure(y_TH: torch.Tensor) -> bool:
+    """Whether work can be timed here: real tensors, eager, outside a CUDA graph."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if torch.compiler.is_compiling() or tracing or type(y_TH) is not torch.Tensor or y_TH.is_meta:
         return False
-    if down_ERH.is_cuda and torch.cuda.get_device_capability(down_ERH.device) < (8, 0):
-        return False
-    size = down_ERH.element_size()
-    return all(width * size % _GROUPED_ALIGNMENT == 0 for width in down_ERH.shape[1:])
-
-
-def _run_loop(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
-    """One expert at a time.  An expert that no token chose gets a zero gradient, not none: its (empty) product is in the graph."""
-    out_TH = torch.zeros_like(y_TH)
-    for expert in range(down_ERH.shape[0]):
-        token_N, slot_N = torch.where(index_TK == expert)
-        hidden_NR = F.gelu(F.linear(y_TH[token_N], down_ERH[expert]))
-        gated_NR = hidden_NR * gate_TK[token_N, slot_N, None].to(hidden_NR.dtype)
-        out_TH = out_TH.index_add(0, token_N, gated_NR @ up_ERH[expert])
-    return out_TH
-
-
-def _run_dense(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
-    """Every expert on every token.  The bank is read as [E·R, H]: two GEMMs."""
-    num_experts, adapter_dim, hidden = down_ERH.shape
-    gate_TE = torch.zeros(y_TH.shape[0], num_experts, dtype=gate_TK.dtype, device=y_TH.device).scatter(1, index_TK, gate_TK)
-    hidden_TER = F.gelu(F.linear(y_TH, down_ERH.reshape(-1, hidden))).unflatten(1, (num_experts, adapter_dim))
-    gated_TER = hidden_TER * gate_TE[:, :, None].to(hidden_TER.dtype)
-    return gated_TER.flatten(1) @ up_ERH.reshape(-1, hidden)
-
-
-def _run_grouped(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
-    """Assignments sorted by expert, one grouped GEMM a projection.  Nothing here waits for the device."""
-    num_experts, top_k = down_ERH.shape[0], index_TK.shape[1]
-    sorted_N, order_N = index_TK.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True).to(torch.int32)
-    rank_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-
-    # Eager autocast does not know grouped_mm: everything is in the bank's dtype already, and stays there.
-    y_NH = _GatherTokens.apply(y_TH, order_N, rank_N, top_k)
-    hidden_NR = F.gelu(F.grouped_mm(y_NH, down_ERH.transpose(1, 2), offs=ends_E))
-    gated_NR = hidden_NR * gate_TK.flatten()[order_N, None].to(hidden_NR.dtype)
-    return _SumAssignments.apply(F.grouped_mm(gated_NR, up_ERH, offs=ends_E), order_N, rank_N, top_k)
-
-
-def _gather_tokens(x_TH: torch.Tensor, order_N: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Rows of x_TH in the order of the sorted assignments, [N, H]."""
-    return x_TH[order_N // top_k]
-
-
-def _sum_assignments(rows_NH: torch.Tensor, rank_N: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Rows back in token order, the K rows of each token summed, [T, H]."""
-    return rows_NH[rank_N].unflatten(0, (-1, top_k)).sum(dim=1)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """`_gather_tokens`, whose backward is `_sum_assignments`: a gather and a sum instead of the scatter-add that autograd would use."""
-
-    @staticmethod
-    def forward(ctx, y_TH, order_N, rank_N, top_k):
-        ctx.save_for_backward(rank_N)
-        ctx.top_k = top_k
-        return _gather_tokens(y_TH, order_N, top_k)
-
-    @staticmethod
-    def backward(ctx, grad_NH):
-        (rank_N,) = ctx.saved_tensors
-        return _sum_assignments(grad_NH, rank_N, ctx.top_k), None, None, None
-
-
-class _SumAssignments(torch.autograd.Function):
-    """`_sum_assignments`, whose backward is `_gather_tokens`.  It also makes the gradient contiguous for grouped_mm."""
-
-    @staticmethod
-    def forward(ctx, rows_NH, order_N, rank_N, top_k):
-        ctx.save_for_backward(order_N)
-        ctx.top_k = top_k
-        return _sum_assignments(rows_NH, rank_N, top_k)
-
-    @staticmethod
-    def backward(ctx, grad_TH):
-        (order_N,) = ctx.saved_tensors
-        return _gather_tokens(grad_TH, order_N, ctx.top_k), None, None, None
+    return not (y_TH.is_cuda and torch.cuda.is_current_stream_capturing())

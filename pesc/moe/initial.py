@@ -18,7 +18,7 @@ def draw_initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     `…adapters.up` is zero, which makes the crafted model equal to the dense one.  Everything else is U(-1/√H, 1/√H) with H the last
     dimension: kaiming uniform with a = √5 of each [*, H] matrix.  (torch's own kaiming_uniform_ takes R·H for the fan-in of [E, R, H].)
     """
-    if name.endswith("adapters.up"):
+    if name.endswith(("adapters.up", "adapters.shared_up")):
         return torch.zeros(shape, device="cpu")
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

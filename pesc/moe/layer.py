@@ -13,7 +13,7 @@ from torch import nn
 
 from pesc.moe.adapters import AdapterBank
 from pesc.moe.config import PescConfig
-from pesc.moe.router import Router, select_experts
+from pesc.moe.router import Router
 
 
 class SparseMLP(nn.Module):
@@ -22,11 +22,16 @@ class SparseMLP(nn.Module):
     router: Router
     adapters: AdapterBank
 
+    adapter_input: str = "ffn_output"
+
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """X [..., H] (the FFN input) -> y + s · Σ_K w · A_e(y) with y = FFN(x), [..., H] in y's dtype (PESC eq. 7-9)."""
+        """X [..., H] (the FFN input) -> y + s · Σ_K w · A_e(y) with y = FFN(x), [..., H] in y's dtype (PESC eq. 7-9).
+
+        With `adapter_input` "ffn_input" the adapters read x instead: y + s · Σ_K w · A_e(x).
+        """
         y_TH = super().forward(x_TH)
-        index_TK, weight_TK = select_experts(self.router(x_TH), self.router.top_k)
-        return y_TH + self.adapters(y_TH, index_TK, weight_TK)
+        index_TK, weight_TK = self.router.select(self.router(x_TH))
+        return y_TH + self.adapters(x_TH if self.adapter_input == "ffn_input" else y_TH, index_TK, weight_TK)
 
 
 @cache
@@ -43,15 +48,25 @@ def widen_mlp(mlp: nn.Module, config: PescConfig, hidden_size: int, layer: int) 
     """Turn a built dense MLP into the sparse one, in place: its class becomes the subclass, its weights stay where they are.
 
     The dense constructors build their own MLPs, so that replacing them would allocate (and initialise) every FFN twice.
-    Router and bank are made in the default dtype and device of the moment, without values; see `reset_parameters`.
+    Router and bank are made in the default dtype and device of the moment, without values; see `reset_parameters`.  A layer for which
+    `config.layer_experts` says 0 stays as it is.
     """
-    if isinstance(mlp, SparseMLP):
+    num_experts = config.experts_of(layer)
+    if isinstance(mlp, SparseMLP) or not num_experts:
         return
     name = f"layers.{layer}.mlp"
     mlp.__class__ = sparse_class(type(mlp))
-    mlp.router = Router(hidden_size, config.num_experts, config.top_k, f"{name}.router", config.seed)
+    mlp.adapter_input = config.adapter_input  # pyright: ignore[reportArgumentType]  it is a SparseMLP now
+    mlp.router = Router(hidden_size, num_experts, config.top_k, f"{name}.router", config.seed, config.bias_update_rate)
     mlp.adapters = AdapterBank(
-        hidden_size, config.num_experts, config.adapter_dim, config.scaling, f"{name}.adapters", config.seed, config.dispatch
+        hidden_size,
+        num_experts,
+        config.adapter_dim,
+        config.scaling,
+        f"{name}.adapters",
+        config.seed,
+        config.dispatch,
+        config.shared_adapter_dim,
     )
 
 

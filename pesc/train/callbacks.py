@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,37 +71,48 @@ class GradientWatch:
 class StepTotals:
     """Sums over the micro-batches of one optimizer step, on the device, added over the ranks once."""
 
-    def __init__(self, device: torch.device, layers: int, num_experts: int) -> None:
-        self._layers, self._experts = layers, num_experts
-        self._sums = torch.zeros(4 + layers * num_experts, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, layer_experts: Sequence[int]) -> None:
+        """layer_experts: number of experts of each sparse layer."""
+        self._layers = list(layer_experts)
+        self._sums = torch.zeros(4 + sum(self._layers), dtype=torch.float64, device=device)
 
-    def add(self, loss: torch.Tensor, balance: torch.Tensor | None, tokens: int, choices_LE: torch.Tensor | None) -> None:
-        """loss: this micro-batch's share of the step's mean loss; balance: its share of the mean balance loss; tokens: read."""
+    def add(self, loss: torch.Tensor, tokens: int, routing: Routing | None) -> None:
+        """loss: this micro-batch's share of the step's mean loss; tokens: read."""
         self._sums[0] += loss.detach()
-        self._sums[2] += tokens
-        if balance is not None and choices_LE is not None:
-            self._sums[1] += balance.detach()
-            self._sums[4:] += choices_LE.reshape(-1)
+        self._sums[1] += tokens
+        if routing is not None:
+            self._sums[2] += routing.balance.detach()
+            self._sums[3] += routing.z.detach()
+            self._sums[4:] += torch.cat(routing.choices)
 
-    def take(self, reduce_sum: Any) -> dict[str, Any]:
-        """The step's numbers over all ranks; starts anew.  Waits for the device."""
+    def take(self, reduce_sum: Any) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """The step's numbers over all ranks, and how often each layer's experts were chosen; starts anew.  Waits for the device."""
         reduce_sum(self._sums)
-        values = self._sums.tolist()
+        choices = [part.clone() for part in self._sums[4:].split(self._layers)] if self._layers else []
+        values = self._sums[:4].tolist()
         self._sums.zero_()
-        taken: dict[str, Any] = {"loss": values[0], "tokens": int(values[2])}
-        if self._layers:
-            taken["balance"] = values[1]
-            taken["experts"] = summarize_load(values[4:], self._experts)
-        return taken
+        taken: dict[str, Any] = {"loss": values[0], "tokens": int(values[1])}
+        if choices:
+            taken["balance"], taken["z"] = values[2:]
+            taken["experts"] = summarize_load([part.tolist() for part in choices])
+        return taken, choices
 
 
-def summarize_load(choices: list[float], num_experts: int) -> dict[str, list]:
+@dataclass(frozen=True)
+class Routing:
+    """A micro-batch's routing.  balance, z: its shares of the step's mean losses; choices: [E] of each layer, how often experts were chosen."""
+
+    balance: torch.Tensor
+    z: torch.Tensor
+    choices: list[torch.Tensor]
+
+
+def summarize_load(choices: Sequence[Sequence[float]]) -> dict[str, list]:
     """How often each layer's experts were chosen, as highest share, lowest share, entropy (1: balanced) and number never chosen."""
     summary: dict[str, list] = {"max": [], "min": [], "entropy": [], "dead": []}
-    for start in range(0, len(choices), num_experts):
-        counts = choices[start : start + num_experts]
+    for counts in choices:
         shares = [count / max(1.0, sum(counts)) for count in counts]
-        entropy = -sum(share * math.log(share) for share in shares if share) / max(math.log(num_experts), 1e-9)
+        entropy = -sum(share * math.log(share) for share in shares if share) / max(math.log(len(counts)), 1e-9)
         summary["max"].append(round(max(shares), 4))
         summary["min"].append(round(min(shares), 4))
         summary["entropy"].append(round(entropy, 4))

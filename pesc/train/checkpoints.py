@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pesc.errors import TrainingFailedError
 
@@ -43,6 +44,17 @@ class Checkpoint:
 def checkpoint_path(root: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps is."""
     return root / f"checkpoint-{step}"
+
+
+def save_dispatch(path: Path, rank: int, choices: list[dict[str, Any]]) -> None:
+    """Leave what a rank's `auto` dispatch has chosen: a continuation that measured anew might add in another order."""
+    (path / f"dispatch_{rank}.json").write_text(json.dumps(choices), encoding="utf-8")
+
+
+def read_dispatch(path: Path, rank: int) -> list[dict[str, Any]]:
+    """What the rank had chosen; [] when it left nothing."""
+    record = path / f"dispatch_{rank}.json"
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
 
 
 def mark_complete(path: Path, layout: Layout) -> None:

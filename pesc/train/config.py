@@ -27,10 +27,17 @@ class LoraConfig(StageConfig):
 class BalanceConfig(StageConfig):
     """Load balancing of the router."""
 
-    kind: Literal["switch", "none"] = Field(
-        default="switch", description="switch: alpha * E * sum f_i P_i per layer (Fedus et al. 2022, eq. 4)."
+    kind: Literal["switch", "bias", "none"] = Field(
+        default="switch",
+        description="switch: the loss alpha * E * sum f_i P_i per layer (Fedus et al. 2022, eq. 4). bias: no loss; a bias per expert that only "
+        "selects is moved after each step (Wang et al. 2024).",
     )
-    coefficient: float = Field(default=0.01, ge=0, description="alpha.")
+    coefficient: float = Field(default=0.01, ge=0, description="alpha of kind switch.")
+    bias_update_rate: float = Field(default=0.001, gt=0, description="Step of the bias of kind bias.")
+    z_coefficient: float = Field(default=0.0, ge=0, description="Factor on the routers' z-loss (Zoph et al. 2022, eq. 5); 0: off.")
+    jitter: float = Field(
+        default=0.0, ge=0, lt=1, description="The router's input is multiplied by U(1 - jitter, 1 + jitter) while training."
+    )
 
 
 class TrainConfig(StageConfig):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 import pesc.models
 from pesc.errors import ModelError
 from pesc.moe.layer import sparse_parameters
+from pesc.moe.router import Router
 from pesc.train.config import TrainConfig
 from pesc.train.order import derive_seed
 
@@ -55,6 +56,8 @@ def load_trainable(model_dir: Path, config: TrainConfig, device: str, checkpoint
     dtype = getattr(torch, config.compute_dtype)
     for _, parameter in sparse_parameters(model):
         parameter.requires_grad_(True)
+    for module in routers(model).values():
+        module.jitter = config.balance.jitter
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -79,6 +82,7 @@ def _load_base(model_dir: Path, config: TrainConfig, device: str) -> PreTrainedM
 
     pesc.models.register()
     options: dict[str, Any] = {
+        "config": _read_config(model_dir, config),
         "dtype": getattr(torch, config.compute_dtype),
         "device_map": {"": device},
         "attn_implementation": pick_attention(device),
@@ -89,6 +93,19 @@ def _load_base(model_dir: Path, config: TrainConfig, device: str) -> PreTrainedM
         return AutoModelForCausalLM.from_pretrained(model_dir, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
+
+
+def _read_config(model_dir: Path, config: TrainConfig) -> Any:
+    """The model's config; balancing by bias gives the routers their bias."""
+    from transformers import AutoConfig
+
+    try:
+        read = AutoConfig.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
+    if config.balance.kind == "bias" and getattr(read, "pesc", None):
+        read.pesc = {**read.pesc, "bias_update_rate": config.balance.bias_update_rate}
+    return read
 
 
 def _quantization(config: TrainConfig) -> Any:
@@ -141,6 +158,16 @@ def _check_targets(model: nn.Module, config: TrainConfig, model_dir: Path) -> No
         )
 
 
+def routers(model: nn.Module) -> dict[str, Router]:
+    """Router modules by name, in layer order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+def selection_biases(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of the routers' biases: trained by counting, not by gradients."""
+    return ((f"{name}.bias_steps", router.bias_steps) for name, router in routers(model).items() if router.bias_steps is not None)
+
+
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters of everything that is trained, in the model's order."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -150,9 +177,9 @@ def group_of(name: str) -> str:
     """lora, bank or router.  Raises ModelError for a name that should not be trained at all."""
     if ".lora_" in name:
         return "lora"
-    if re.search(r"\.mlp\.adapters\.(down|up)$", name):
+    if re.search(r"\.mlp\.adapters\.(shared_)?(down|up)$", name):
         return "bank"
-    if name.endswith(".mlp.router.weight"):
+    if name.endswith((".mlp.router.weight", ".mlp.router.bias_steps")):
         return "router"
     raise ModelError(f"{name} is trainable, but belongs to neither LoRA, bank nor router.")
 

@@ -49,6 +49,8 @@ def _train(job: Job, rank: int) -> None:
     started = time.monotonic()
     stop = StopRequest(job.stop_file)
     _report(rank, job, 0, "loading the model")
+    from pesc.moe.tuning import adopt_choices
+    from pesc.train import checkpoints
     from pesc.train.blocks import FILE_NAME, PackedBlocks
     from pesc.train.collator import OrderedBlocks
     from pesc.train.modeling import count_trainable, load_trainable, log_trainable
@@ -65,7 +67,9 @@ def _train(job: Job, rank: int) -> None:
     trainer = PescTrainer(model, _arguments(job), data, job, stop, _StepReporter(rank, job))
     resumed_at = _resume_point(trainer)
     if resumed_at:
-        trainer.history.load(job.checkpoints / f"checkpoint-{resumed_at}")
+        checkpoint = checkpoints.checkpoint_path(job.checkpoints, resumed_at)
+        trainer.history.load(checkpoint)
+        adopt_choices(checkpoints.read_dispatch(checkpoint, rank))
         logger.info("%s continues after step %d", job.address, resumed_at)
     trained_from = time.monotonic()
     trainer.train(resume_from_checkpoint=str(job.checkpoints / f"checkpoint-{resumed_at}") if resumed_at else None)
@@ -104,6 +108,8 @@ def _measure(trainer: Any) -> dict[str, Any]:
     """Measurements for the manifest; none of them is hashed."""
     import torch
 
+    from pesc.moe.tuning import export_choices
+
     lines, world = trainer.history.lines, trainer.args.world_size
     on_cuda = trainer.args.device.type == "cuda"
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -114,6 +120,7 @@ def _measure(trainer: Any) -> dict[str, Any]:
         "tokens_per_second": round(trainer.throughput.tokens_per_second, 1),
         "peak_memory_bytes": int(peak),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "dispatch": export_choices(),
         "world_size": world,
         "zero_stage": trainer.job.execution.zero_stage,
         "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads a rank",

@@ -1,7 +1,8 @@
 """What a finished run leaves: the LoRA adapter, the bank with the routers, and the record of the run.
 
     adapter/adapter_config.json, adapter_model.safetensors   loads with peft.PeftModel.from_pretrained
-    bank.safetensors                                         sparse models: model.layers.{l}.mlp.{adapters.down, adapters.up, router.weight}
+    bank.safetensors                                         sparse models: model.layers.{l}.mlp.{adapters.down, adapters.up, router.weight},
+                                                             with balance.kind bias router.bias_steps
     training.json                                            settings, what was trained, facts that do not depend on time or place
     history.jsonl                                            one line an optimizer step
 
@@ -22,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from pesc.train.config import TrainConfig
-from pesc.train.modeling import PEFT_PREFIX, TrainableGroup, group_of, peft_config, trainable_parameters
+from pesc.train.modeling import PEFT_PREFIX, TrainableGroup, group_of, peft_config, selection_biases, trainable_parameters
 
 _ADAPTER_NAME = ".default"
 _NOT_KEPT = ("base_model_name_or_path", "revision", "peft_version")
@@ -40,6 +41,8 @@ def gather_trained(model: PeftModel, keep: bool) -> dict[str, torch.Tensor]:
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if keep:
                 trained[name] = parameter.detach().cpu().clone().contiguous()
+    if keep:
+        trained |= {name: bias.detach().cpu().clone() for name, bias in selection_biases(model)}
     return trained
 
 

@@ -18,6 +18,7 @@ from pesc.launch import supervise
 from pesc.launch.events import relay
 from pesc.launch.isolated import ended_badly
 from pesc.launch.torchrun import build_argv
+from pesc.provenance import slow_bfloat16_sentence
 from pesc.stage import BuildResult, Execution, StageContext
 from pesc.train import checkpoints
 from pesc.train.blocks import FILE_NAME, PackedBlocks
@@ -39,6 +40,8 @@ def build(ctx: StageContext) -> BuildResult:
     device, per_node = choose_processes(ctx.execution)
     world_size = per_node * ctx.execution.num_nodes
     check_batch(ctx.config, world_size)
+    if device == "cpu" and ctx.config.compute_dtype == "bfloat16" and (warning := slow_bfloat16_sentence("train.compute_dtype")):
+        logger.warning(warning)
     job = _make_job(ctx, device)
     _prepare_workspace(job, checkpoints.Layout(world_size, ctx.execution.zero_stage))
     log_path = ctx.work / _LOG_NAME

@@ -3,7 +3,9 @@
 B blocks of a micro-batch, S positions, N supervised tokens, V vocabulary, L sparse layers, E experts, T tokens that count, M micro-batches
 of a step over all ranks.
 
-    loss = Σ_tokens CE / (supervised tokens of the whole step) + α · (1/M) Σ_micro-batches Σ_layers E · Σ_i f_i · P_i
+    loss = Σ_tokens CE / (supervised tokens of the whole step)
+         + α · (1/M) Σ_micro-batches Σ_layers E · Σ_i f_i · P_i              balance.kind switch
+         + β · (1/M) Σ_micro-batches Σ_layers mean_T (log Σ_e exp z_e)²      z-loss
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pesc.errors import TrainingFailedError
 from pesc.moe.balance import RouterRecorder
+from pesc.moe.tuning import export_choices
 from pesc.train import checkpoints
-from pesc.train.callbacks import GradientWatch, History, StepTotals, Throughput
+from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Throughput
 from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
@@ -42,10 +45,8 @@ class PescTrainer(Trainer):
         self.interrupted: str | None = None
         config = model.config
         self._recorder = RouterRecorder(model) if job.config.method == "pesc" else None
-        pesc = config.pesc if self._recorder else {}
-        self._top_k = pesc.get("top_k", 0)
-        layers = len(self._recorder.routers) if self._recorder else 0
-        self._totals = StepTotals(args.device, layers, pesc.get("num_experts", 0))
+        routers = list(self._recorder.routers.values()) if self._recorder else []
+        self._totals = StepTotals(args.device, [router.num_experts for router in routers])
         self._watch = GradientWatch(model, job.steps, args.device)
         self._flatten = config._attn_implementation == "flash_attention_2"
         self._can_choose_logits = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
@@ -91,14 +92,17 @@ class PescTrainer(Trainer):
         share = world / num_items_in_batch.clamp(min=1).float()
         if self._recorder is None:
             loss = self._cross_entropy(model, inputs, share)
-            self._totals.add(loss / world, None, int(inputs["valid"].sum()), None)
+            self._totals.add(loss / world, int(inputs["valid"].sum()), None)
             return loss
         with self._recorder:
             loss = self._cross_entropy(model, inputs, share)
-        balance, choices_LE = self._balance(inputs["valid"])
-        self._totals.add(loss / world, balance / world, int(inputs["valid"].sum()), choices_LE)
+        routing = self._routing(inputs["valid"])
+        self._totals.add(loss / world, int(inputs["valid"].sum()), Routing(routing.balance / world, routing.z / world, routing.choices))
         self._recorder.clear()
-        return loss + self.job.config.balance.coefficient * balance if self.job.config.balance.kind == "switch" else loss
+        balance = self.job.config.balance
+        if balance.kind == "switch":
+            loss = loss + balance.coefficient * routing.balance
+        return loss + balance.z_coefficient * routing.z if balance.z_coefficient else loss
 
     def _cross_entropy(self, model: torch.nn.Module, inputs: dict, share: torch.Tensor) -> torch.Tensor:
         """Logits are made at positions with a target only: with long prompts most of the vocabulary projection falls away."""
@@ -115,14 +119,15 @@ class PescTrainer(Trainer):
             logits_NV, target_N = logits_NV[is_target_N], target_N[is_target_N]
         return scaled_cross_entropy(logits_NV, target_N, share)
 
-    def _balance(self, valid_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's share of the mean balance loss (times the ranks), and how often experts were chosen, [L, E]."""
+    def _routing(self, valid_BS: torch.Tensor) -> Routing:
+        """This micro-batch's shares of the mean balance and z-losses (times the ranks), and its choices."""
         assert self._recorder is not None
-        balance = self._recorder.balance_loss(valid_BS) / self.args.gradient_accumulation_steps
-        with torch.no_grad():
-            logits_LTE = torch.stack(list(self._recorder.counted(valid_BS).values()))
-            chosen_LTE = torch.zeros_like(logits_LTE, dtype=torch.float32).scatter_(2, logits_LTE.topk(self._top_k, dim=2).indices, 1.0)
-        return balance, chosen_LTE.sum(dim=1)
+        parts = self.args.gradient_accumulation_steps
+        with torch.set_grad_enabled(self.job.config.balance.kind == "switch"):
+            balance = self._recorder.balance_loss(valid_BS) / parts
+        with torch.set_grad_enabled(self.job.config.balance.z_coefficient > 0):
+            z = self._recorder.z_loss(valid_BS) / parts
+        return Routing(balance, z, list(self._recorder.choices(valid_BS).values()))
 
     # ---- optimizer
 
@@ -145,12 +150,15 @@ class PescTrainer(Trainer):
     def end_step(self, control: Any) -> None:
         """Agree on the step's numbers and on whether to stop.  Raises TrainingFailedError on all ranks together."""
         step = self.state.global_step
-        self._taken = self._totals.take(lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM))
+        self._taken, choices = self._totals.take(lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM))
         if not math.isfinite(self._taken["loss"] + self._taken.get("balance", 0.0)):
             raise TrainingFailedError(
                 f"{self.job.address}: the loss is {self._taken['loss']} at step {step}: lower train.learning_rate (now "
                 f"{self.job.config.learning_rate:g}) or train with compute_dtype float32; the last checkpoint is of an earlier step."
             )
+        if self._recorder is not None and self.job.config.balance.kind == "bias":
+            for router, choices_E in zip(self._recorder.routers.values(), choices, strict=True):
+                router.update_bias(choices_E)
         self._watch.end_step(lambda tensor: self._reduce(tensor, distributed.ReduceOp.MAX))
         self.throughput.end_step(self._taken["tokens"])
         code = torch.tensor(self.stop.code, device=self.args.device)
@@ -191,6 +199,7 @@ class PescTrainer(Trainer):
         path = checkpoints.checkpoint_path(self.job.checkpoints, self.state.global_step)
         if self.args.should_save:
             self.history.save(path)
+        checkpoints.save_dispatch(path, self.args.process_index, export_choices())
         if self.args.world_size > 1:
             distributed.barrier()
         if self.args.should_save:

@@ -17,15 +17,17 @@ pesc.models.register()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arm", "base"), [("pesc", "dequantized"), ("qlora", "original")])
-def test_a_real_run_merges(tmp_path, arm, base):
+@pytest.mark.parametrize(
+    ("arm", "base", "balance"), [("pesc", "dequantized", "switch"), ("pesc", "original", "bias"), ("qlora", "original", "none")]
+)
+def test_a_real_run_merges(tmp_path, arm, base, balance):
     from pesc.train import stage
 
     model = save_dense(tmp_path / "dense", hidden_size=64, tie_word_embeddings=True)
     if arm == "pesc":
         model = save_sparse(model, tmp_path / "sparse")
     blocks = tiny.write_blocks(save_blocks(tmp_path / "blocks"), 8)
-    config = tiny.settings(method=arm, quantization="nf4", compute_dtype="bfloat16", learning_rate=2e-2)
+    config = tiny.settings(method=arm, quantization="nf4", compute_dtype="bfloat16", learning_rate=2e-2, balance={"kind": balance})
     context = tiny.make_context(tmp_path / "train", model, blocks, config, {"num_processes": 1})
     stage.build(context)
 
@@ -34,8 +36,12 @@ def test_a_real_run_merges(tmp_path, arm, base):
     settings = MergeConfig.model_validate({"base": base})
     metrics = merge.build(StageContext("merge[test]", settings, inputs, tmp_path / "out", tmp_path)).metrics
     assert metrics["merged_tensors"] == 2 * len(PROJECTIONS)
-    assert metrics["trained_tensors"] == (6 if arm == "pesc" else 0)
+    assert metrics["trained_tensors"] == {"switch": 6, "bias": 8, "none": 0}[balance]
     proof = json.loads((tmp_path / "out/proof.json").read_text())
     assert proof["logits"]["relative_rms_effect_of_training"] > proof["logits"]["relative_rms_difference"]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    merged, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    if balance == "bias":
+        assert merged.config.pesc["bias_update_rate"] == 0.001
+        assert all(layer.mlp.router.bias_steps.any() for layer in merged.model.layers)
     assert merged.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] <= 5

@@ -28,7 +28,7 @@ def golden(shared_data):
     return shared_data / "golden/camelidae-tiny"
 
 
-@pytest.mark.parametrize("mode", ["loop", "dense", "grouped"])
+@pytest.mark.parametrize("mode", ["reference", "dense", "grouped"])
 def test_logits_and_routing_equal_the_reference_codes(golden, tmp_path, mode):
     upcycle_directory(golden, tmp_path, GOLDEN)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from pesc.moe.balance import RouterRecorder, routing_statistics, switch_loss
+from pesc.moe.balance import RouterRecorder, count_choices, routing_statistics, switch_loss, z_loss
 from pesc.moe.config import PescConfig
 from pesc.moe.layer import SparseMLP, sparse_parameters, widen_mlp
 
@@ -72,6 +72,35 @@ def test_the_gradient_lowers_the_logits_of_overloaded_experts():
     assert (gradient[:, 0] > 0).all()
     with torch.no_grad():
         assert switch_loss(logits - 10 * gradient, TOP_K) < switch_loss(logits, TOP_K)
+
+
+def test_the_z_loss_is_the_square_of_the_log_partition_and_shrinks_logits():
+    logits = torch.tensor([[0.0, 0.0], [3.0, 3.0]], requires_grad=True)
+    ln2 = torch.tensor(2.0).log().item()
+    assert z_loss(logits).item() == pytest.approx((ln2**2 + (3 + ln2) ** 2) / 2)
+    (gradient,) = torch.autograd.grad(z_loss(logits), logits)
+    assert (gradient > 0).all()
+    assert z_loss(torch.zeros(0, 4)).item() == 0
+
+
+def test_choices_are_the_routers_own_with_its_bias():
+    logits = balanced_logits(80)
+    assert count_choices(logits, TOP_K).tolist() == [20.0] * EXPERTS
+    bias = torch.zeros(EXPERTS)
+    bias[3] = 100.0
+    assert count_choices(logits, TOP_K, bias)[3] == 80
+    assert routing_statistics(logits, TOP_K, bias).load[3] == 0.5
+
+
+def test_the_recorder_sums_z_losses_and_counts_choices_by_layer():
+    model, mask = Stack(), torch.tensor([[1, 1, 0]])
+    with RouterRecorder(model) as recorder:
+        model(torch.randn(1, 3, HIDDEN))
+    expected = sum(logits[0, :2].logsumexp(-1).square().mean() for logits in recorder.logits.values())
+    assert recorder.z_loss(mask).item() == pytest.approx(expected.item(), rel=1e-6)
+    recorder.z_loss(mask).backward()
+    assert all(layer.router.weight.grad.any() for layer in model.layers)
+    assert [choices.sum().item() for choices in recorder.choices(mask).values()] == [2 * TOP_K] * 2
 
 
 def test_padding_changes_neither_loss_nor_statistics():

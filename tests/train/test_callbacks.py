@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pesc.errors import TrainingFailedError
-from pesc.train.callbacks import GradientWatch, History, StepTotals, Throughput, summarize_load
+from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Throughput, summarize_load
 
 
 def leave(_tensor):
@@ -59,18 +59,22 @@ def test_a_gradient_on_another_rank_counts():
 
 
 def test_totals_add_up_and_start_anew():
-    totals = StepTotals(torch.device("cpu"), 2, 4)
+    totals = StepTotals(torch.device("cpu"), [4, 3])
     for share in (0.5, 0.25):
-        totals.add(torch.tensor(share), torch.tensor(share * 2), 10, torch.tensor([[1.0, 1, 1, 1], [4, 0, 0, 0]]))
-    taken = totals.take(leave)
-    assert (taken["loss"], taken["balance"], taken["tokens"]) == (0.75, 1.5, 20)
-    assert taken["experts"] == {"max": [0.25, 1.0], "min": [0.25, 0.0], "entropy": [1.0, 0.0], "dead": [0, 3]}
-    assert totals.take(leave)["loss"] == 0.0
-    assert "balance" not in StepTotals(torch.device("cpu"), 0, 0).take(leave)
+        routing = Routing(torch.tensor(share * 2), torch.tensor(share * 4), [torch.tensor([1.0, 1, 1, 1]), torch.tensor([4.0, 0, 0])])
+        totals.add(torch.tensor(share), 10, routing)
+    taken, choices = totals.take(leave)
+    assert (taken["loss"], taken["balance"], taken["z"], taken["tokens"]) == (0.75, 1.5, 3.0, 20)
+    assert taken["experts"] == {"max": [0.25, 1.0], "min": [0.25, 0.0], "entropy": [1.0, 0.0], "dead": [0, 2]}
+    assert [part.tolist() for part in choices] == [[2, 2, 2, 2], [8, 0, 0]]
+    assert totals.take(leave)[0]["loss"] == 0.0
+    taken, choices = StepTotals(torch.device("cpu"), []).take(leave)
+    assert "balance" not in taken
+    assert choices == []
 
 
 def test_load_of_no_tokens_is_all_dead():
-    assert summarize_load([0.0] * 4, 4)["dead"] == [4]
+    assert summarize_load([[0.0] * 4])["dead"] == [4]
 
 
 def test_history_survives_a_checkpoint(tmp_path):

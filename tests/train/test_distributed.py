@@ -154,6 +154,42 @@ def test_nf4_with_zero_3_is_close_to_zero_2(uninterrupted, tmp_path, sparse_dir,
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
+BIASED = {**EXACT, "balance": {"kind": "bias", "bias_update_rate": 0.01, "z_coefficient": 0.001, "jitter": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory, sparse_dir, blocks_dir):
+    """Balanced by bias, with z-loss and jitter, ZeRO-2."""
+    return train(tmp_path_factory.mktemp("biased"), sparse_dir, blocks_dir, BIASED, SAVING)
+
+
+def test_balancing_by_bias_counts_over_all_ranks_and_is_in_the_result(biased):
+    biases = {name: tensor for name, tensor in tensors(biased).items() if name.endswith("router.bias_steps")}
+    assert sorted(biases) == [f"model.layers.{layer}.mlp.router.bias_steps" for layer in range(2)]
+    for bias in biases.values():
+        assert bias.any()
+        assert bias.abs().max() <= STEPS
+    assert all(line["z"] > 0 for line in history(biased))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_biased_run_resumes_with_its_bias_under_any_sharding(biased, tmp_path, sparse_dir, blocks_dir, zero_stage):
+    import torch
+
+    def stop(progress):
+        if progress.message == "training" and progress.done == 3:
+            (tmp_path / "work" / "STOP").touch()
+
+    where = {"zero_stage": zero_stage, "gradient_checkpointing": zero_stage == 3, **SAVING}
+    with pytest.raises(InterruptedStageError):
+        train(tmp_path, sparse_dir, blocks_dir, BIASED, where, stop)
+    again = train(tmp_path, sparse_dir, blocks_dir, BIASED, where)
+    if zero_stage == 2:
+        assert_same_bytes(again, biased)
+    ours, theirs = tensors(again), tensors(biased)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.endswith("bias_steps"))
+
+
 def test_the_dense_control_has_no_bank(tmp_path, dense_dir, blocks_dir):
     ctx = train(tmp_path, dense_dir, blocks_dir, {**QLORA, "method": "qlora", "micro_batch_size": 2})
     assert not (ctx.out / "bank.safetensors").exists()

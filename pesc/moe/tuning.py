@@ -1,0 +1,168 @@
+"""`auto` by measurement: the candidates run once on the tensors at hand, the fastest is remembered.
+
+    choose_measured({"dense": run_dense, ...}, y, down, up, index, gate)    the name; measured at the first call for a key
+    export_choices()      what was chosen, as JSON: for manifests and checkpoints
+    adopt_choices(list)   the choices of an earlier process: its continuation repeats them, so that every bit repeats
+
+Pitfall: the first call may stand inside activation checkpointing, autocast or an inference mode.  All of these are states of the calling
+thread, so the measurement runs in a thread of its own, on detached tensors; it leaves no trace in the caller's graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+_REPEATS = 3
+_HOPELESS = 3.0
+"""A path that takes this many times the best one's time is not run again."""
+
+Path = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DispatchKey:
+    """What a choice holds for.  tokens: the upper end of the range, a power of two."""
+
+    device: str
+    dtype: str
+    num_experts: int
+    top_k: int
+    adapter_dim: int
+    hidden_size: int
+    tokens: int
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class DispatchChoice:
+    """The path that `auto` takes for a key, and the milliseconds of each candidate (forward, and backward with gradients)."""
+
+    key: DispatchKey
+    path: str
+    milliseconds: dict[str, float]
+
+
+_choices: dict[DispatchKey, DispatchChoice] = {}
+
+
+def export_choices() -> list[dict[str, Any]]:
+    """All choices of this process as JSON, in the order in which they were made."""
+    return [{**asdict(choice.key), "path": choice.path, "milliseconds": dict(choice.milliseconds)} for choice in _choices.values()]
+
+
+def adopt_choices(exported: list[dict[str, Any]]) -> None:
+    """Take over the choices of `export_choices`; what is measured already stays."""
+    for entry in exported:
+        fields = dict(entry)
+        path, milliseconds = fields.pop("path"), fields.pop("milliseconds")
+        key = DispatchKey(**fields)
+        _choices.setdefault(key, DispatchChoice(key, path, milliseconds))
+
+
+def forget_choices() -> None:
+    """Measure everything anew."""
+    _choices.clear()
+
+
+def choose_measured(
+    candidates: Mapping[str, Path],
+    y_TH: torch.Tensor,
+    down_ERH: torch.Tensor,
+    up_ERH: torch.Tensor,
+    index_TK: torch.Tensor,
+    gate_TK: torch.Tensor,
+) -> str:
+    """The fastest candidate's name for tensors like these.  Measures, and logs, at the first call for a key."""
+    gradients = torch.is_grad_enabled() and (y_TH.requires_grad or down_ERH.requires_grad)
+    key = _key_of(y_TH, down_ERH, index_TK, gradients)
+    choice = _choices.get(key)
+    if choice is not None and choice.path in candidates:
+        return choice.path
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    tensors = [tensor.detach() for tensor in (y_TH, down_ERH, up_ERH, index_TK, gate_TK)]
+    choice = DispatchChoice(key, *_in_own_thread(lambda: _measure(candidates, tensors, gradients), y_TH.device))
+    _choices[key] = choice
+    times = ", ".join(f"{name} {ms:.3g}" for name, ms in choice.milliseconds.items())
+    logger.info(
+        "dispatch %s for %d experts of width %d, up to %d tokens in %s on %s%s (ms: %s)",
+        choice.path,
+        key.num_experts,
+        key.adapter_dim,
+        key.tokens,
+        key.dtype,
+        key.device,
+        ", with gradients" if gradients else "",
+        times,
+    )
+    return choice.path
+
+
+def _key_of(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor, gradients: bool) -> DispatchKey:
+    num_experts, adapter_dim, hidden = down_ERH.shape
+    device = torch.cuda.get_device_name(y_TH.device) if y_TH.is_cuda else y_TH.device.type
+    tokens = 1 << max(0, y_TH.shape[0] - 1).bit_length()
+    dtype = str(down_ERH.dtype).removeprefix("torch.")
+    return DispatchKey(device, dtype, num_experts, index_TK.shape[1], adapter_dim, hidden, tokens, gradients)
+
+
+def _in_own_thread(work: Callable[[], Any], device: torch.device) -> Any:
+    """Run `work` in a new thread with this one's number of cores and CUDA device; raises what it raised."""
+    threads, result = torch.get_num_threads(), []
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            result.append((True, work()))
+        except BaseException as error:  # handed to the caller
+            result.append((False, error))
+
+    thread = threading.Thread(target=run, name="pesc-dispatch")
+    thread.start()
+    thread.join()
+    succeeded, value = result[0]
+    if not succeeded:
+        raise value
+    return value
+
+
+def _measure(candidates: Mapping[str, Path], tensors: list[torch.Tensor], gradients: bool) -> tuple[str, dict[str, float]]:
+    """The fastest candidate, and the best of some runs of each in milliseconds."""
+    best: dict[str, float] = {}
+    for name, path in candidates.items():
+        _time(path, tensors, gradients)  # warm up
+        best[name] = _time(path, tensors, gradients)
+        for _ in range(_REPEATS - 1):
+            if best[name] > _HOPELESS * min(best.values()):
+                break
+            best[name] = min(best[name], _time(path, tensors, gradients))
+    return min(best, key=best.__getitem__), {name: round(seconds * 1e3, 4) for name, seconds in best.items()}
+
+
+def _time(path: Path, tensors: list[torch.Tensor], gradients: bool) -> float:
+    """Seconds of one run."""
+    y_TH, down_ERH, up_ERH, index_TK, gate_TK = tensors
+    with torch.set_grad_enabled(gradients):
+        leaves = [tensor.detach().requires_grad_(gradients) for tensor in (y_TH, down_ERH, up_ERH, gate_TK)]
+        _wait(y_TH.device)
+        started = time.perf_counter()
+        out_TH = path(*leaves[:3], index_TK, leaves[3])
+        if gradients:
+            torch.autograd.grad(out_TH, leaves, y_TH)
+        _wait(y_TH.device)
+        return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
