@@ -124,9 +124,8 @@ def _probe(config_class: type[PretrainedConfig], model_class: type[PreTrainedMod
     except Exception as error:  # whatever a foreign constructor raises
         return f"no model can be built of its default config ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     if model is None:
-        return (
-            f"it is more than a decoder (its text model is {config.get_text_config().model_type!r}, beside {', '.join(config.sub_configs)})"
-        )
+        text = config.sub_configs.get("text_config")
+        return f"its config is made of parts ({', '.join(config.sub_configs)})" + (f", of which {text.model_type!r} is the text" if text else "")
     base = getattr(model, "model", None)
     if type(base) is not model_class:
         return f"{causal_lm_class.__name__} does not hold a {model_class.__name__} as `model`"
@@ -298,7 +297,7 @@ def _publish(cls: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """A class that this process has not made yet: what a pickle of another process asks for."""
+    """A class that this process has not made yet: what a pickle from elsewhere asks for."""
     dense = name.removeprefix("Pesc")
     for dense_type, causal_lm in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if dense != name else ():
         config = configuration_auto.CONFIG_MAPPING_NAMES.get(dense_type, "")
