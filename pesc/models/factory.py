@@ -125,7 +125,9 @@ def _probe(config_class: type[PretrainedConfig], model_class: type[PreTrainedMod
         return f"no model can be built of its default config ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     if model is None:
         text = config.sub_configs.get("text_config")
-        return f"its config is made of parts ({', '.join(config.sub_configs)})" + (f", of which {text.model_type!r} is the text" if text else "")
+        return f"its config is made of parts ({', '.join(config.sub_configs)})" + (
+            f", of which {text.model_type!r} is the text" if text else ""
+        )
     base = getattr(model, "model", None)
     if type(base) is not model_class:
         return f"{causal_lm_class.__name__} does not hold a {model_class.__name__} as `model`"
