@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 from pesc.errors import ModelError
 from pesc.moe.adapters import AdapterBank
@@ -114,7 +114,7 @@ def _find_dense_classes(dense_type: str) -> tuple[type[PretrainedConfig], type[P
     model, causal_lm = MODEL_MAPPING.get(config, None), MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
     if config.model_type != dense_type or not isinstance(model, type) or not isinstance(causal_lm, type):
         raise _refused(dense_type, "transformers has no causal LM and base model of its own for it")
-    return config, model, causal_lm
+    return config, cast(type[PreTrainedModel], model), cast(type[PreTrainedModel], causal_lm)
 
 
 def _probe(config_class: type[PretrainedConfig], model_class: type[PreTrainedModel], causal_lm_class: type[PreTrainedModel]) -> str:
@@ -124,9 +124,9 @@ def _probe(config_class: type[PretrainedConfig], model_class: type[PreTrainedMod
     except Exception as error:  # whatever a foreign constructor raises
         return f"no model can be built of its default config ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     if model is None:
-        text = config.sub_configs.get("text_config")
+        text = getattr(config, "text_config", None)
         return f"its config is made of parts ({', '.join(config.sub_configs)})" + (
-            f", of which {text.model_type!r} is the text" if text else ""
+            f"; its text part is a {text.model_type!r}" if text else ""
         )
     base = getattr(model, "model", None)
     if type(base) is not model_class:
@@ -134,7 +134,7 @@ def _probe(config_class: type[PretrainedConfig], model_class: type[PreTrainedMod
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return f"{model_class.__name__} has no list `layers`"
-    return next(filter(None, map(_misfit, layers)), "") or _probe_mlp(layers[0].mlp, getattr(config, "hidden_size", None))
+    return next(filter(None, map(_misfit, layers)), "") or _probe_mlp(cast(nn.Module, layers[0].mlp), getattr(config, "hidden_size", None))
 
 
 def _build_probe(config_class, causal_lm_class) -> tuple[PretrainedConfig, PreTrainedModel | None]:
@@ -240,7 +240,7 @@ def _make_stand_in(dense_type: str) -> type[PretrainedConfig]:
         return architecture(dense_type).config.from_dict(config_dict, **kwargs)
 
     namespace = {"__module__": __name__, "model_type": PREFIX + dense_type, "__new__": __new__, "from_dict": classmethod(from_dict)}
-    return type(f"Pesc{configuration_auto.CONFIG_MAPPING_NAMES[dense_type]}StandIn", (PretrainedConfig,), namespace)
+    return type(f"StandIn({PREFIX}{dense_type})", (PretrainedConfig,), namespace)
 
 
 def _register_tokenizer(classes: Architecture) -> None:
@@ -302,7 +302,7 @@ def __getattr__(name: str) -> type:
     """A class that this process has not made yet: what a pickle from elsewhere asks for."""
     dense = name.removeprefix("Pesc")
     for dense_type, causal_lm in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if dense != name else ():
-        config = configuration_auto.CONFIG_MAPPING_NAMES.get(dense_type, "")
+        config = CONFIG_MAPPING[dense_type].__name__ if dense_type in CONFIG_MAPPING else ""
         if dense in (config, causal_lm, modeling_auto.MODEL_MAPPING_NAMES.get(dense_type), *_own_names(config)):
             classes = architecture(dense_type)
             for cls in (classes.config, classes.model, classes.causal_lm):

@@ -72,7 +72,7 @@ REFUSED = {
     "bert": "does not hold a BertModel as `model`",
     "bart": "does not hold a BartModel as `model`",
     "deepseek_v3": "experts or adapters of its own .`mlp.experts`",
-    "gemma3": "made of parts .*'gemma3_text' is the text",
+    "gemma3": "made of parts .*its text part is a 'gemma3_text'",
     "gpt2": "does not hold a GPT2Model as `model`",
     "granitemoe": "has no `mlp` .*block_sparse_moe",
     "jetmoe": "experts or adapters of its own",
