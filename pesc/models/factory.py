@@ -83,6 +83,12 @@ def architecture(model_type: str) -> Architecture:
     return _make_architecture(model_type.removeprefix(PREFIX))
 
 
+def architecture_of(fields: dict[str, Any]) -> Architecture:
+    """The classes for the fields of a config.json, by the type that AutoConfig reads there: a mistral with layer_types is a ministral."""
+    model_type = str(fields.get("model_type", ""))
+    return architecture("ministral" if model_type == "mistral" and "layer_types" in fields else model_type)
+
+
 @cache
 def _make_architecture(dense_type: str) -> Architecture:
     """The classes, made once: two classes of one name would not be each other's instances."""
@@ -202,7 +208,7 @@ def is_sparse(config: PretrainedConfig | dict[str, Any]) -> bool:
 
 def causal_lm_of(fields: dict[str, Any]) -> PreTrainedModel:
     """A model of a config.json's fields, dense or sparse, with start values; inside `torch.device("meta")` it allocates nothing."""
-    classes = architecture(fields.get("model_type", ""))
+    classes = architecture_of(fields)
     config, causal_lm = (classes.config, classes.causal_lm) if is_sparse(fields) else (classes.dense_config, classes.dense_causal_lm)
     return causal_lm(config.from_dict(fields))
 
@@ -263,6 +269,10 @@ class _SparseConfigMixin(_ConfigBase):
         super().__post_init__(**kwargs)
         if self.pesc is not None:
             self.pesc = PescConfig.from_dict(self.pesc).to_dict()
+        if self.model_type == f"{PREFIX}mistral" and getattr(self, "layer_types", None):
+            raise ModelError(
+                f"config.json says {self.model_type} with layer_types, which that model would not read: set model_type to {PREFIX}ministral."
+            )
 
 
 def read_pesc_config(config: PretrainedConfig) -> PescConfig:

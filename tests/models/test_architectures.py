@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import pesc.models
 from pesc.errors import ModelError
-from pesc.models.factory import MAIN_TYPES, architecture, is_sparse, sparse_config
+from pesc.models.factory import MAIN_TYPES, architecture, architecture_of, is_sparse, sparse_config
 from pesc.moe.config import PescConfig
 from pesc.moe.layer import sparse_parameters
 from tests.models.builders import dense_config, fill_bank, save_dense, save_sparse, tokens
@@ -308,3 +308,16 @@ def test_a_model_without_the_block_is_refused():
 def test_a_wrong_block_is_refused_when_the_config_is_read():
     with pytest.raises(ValueError, match="topk"):
         architecture("llama").config(pesc={"topk": 2})
+
+
+def test_a_mistral_with_layer_types_is_a_ministral_as_transformers_reads_it(tmp_path):
+    """MistralModel knows no layer types: the sparse twin would be of another model than the dense one that loads."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    save_dense(tmp_path, "mistral", sliding_window=4)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert architecture_of(fields) is architecture("mistral")
+    (tmp_path / "config.json").write_text(json.dumps(fields | layers))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is architecture_of(fields | layers).dense_causal_lm
+    assert architecture_of(fields | layers) is architecture("ministral")
+    with pytest.raises(ModelError, match="set model_type to pesc_ministral"):
+        architecture("mistral").config(**layers)
