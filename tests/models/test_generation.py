@@ -45,7 +45,10 @@ def test_the_kernel_can_be_changed_on_a_loaded_model():
     assert torch.allclose(logits["eager"], logits["sdpa"], atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gemma3_text", "cohere", "starcoder2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemma2", "cohere", "starcoder2"))],
+)
 def test_generation_with_any_cache_equals_generation_without(model_type):
     model, prompt = make_sparse(model_type), tokens(2, 5)
     without = continuation(model, prompt, use_cache=False)
@@ -63,7 +66,7 @@ def test_greedy_generation_is_the_dense_models_right_after_upcycling(tmp_path, m
     assert sparse.generation_config.pad_token_id == dense.generation_config.pad_token_id == 258
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_a_padded_batch_generates_what_its_rows_generate_alone(model_type):
     """Padding tokens are routed too, but no other token sees them."""
     model = make_sparse(model_type)

@@ -51,7 +51,10 @@ def test_a_partly_missing_bank_keeps_what_the_checkpoint_has_and_names_what_was_
     assert torch.equal(again.get_parameter(name + "down"), model.get_parameter(name + "down"))  # drawn again from the seed
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3", "cohere", "starcoder2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "gemma3_text", "starcoder2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cohere", "phi3", "qwen2"))],
+)
 def test_save_and_load_round_trip_in_shards(tmp_path, model_type):
     model = make_sparse(model_type)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -129,7 +132,7 @@ def test_layers_offloaded_to_disk_compute_the_same_and_stay_whole(trained, tmp_p
         assert torch.equal(split(tokens()).logits, model(tokens()).logits)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("cohere", marks=pytest.mark.slow)])
 def test_tied_embeddings_stay_tied(tmp_path, model_type):
     model = make_sparse(model_type, tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
