@@ -4,9 +4,10 @@
     pesc.models.register()
     model = AutoModelForCausalLM.from_pretrained(sparse_directory)
 
-Map: factory (the sparse twin of a transformers architecture, registered with the Auto classes), upcycle (dense directory -> sparse
-directory), merge (LoRA folded into the weights, with ledger and proof), published (other people's PESC checkpoints), export (a directory
-that loads without this package), tensor_files (safetensors read and written one tensor at a time), config (the stages' settings).
+Map: factory (the sparse twin of any transformers decoder that has an `mlp` in its layers, registered with the Auto classes), upcycle (dense
+directory -> sparse directory), merge (LoRA folded into the weights, with ledger and proof), published (other people's PESC checkpoints),
+export (a directory that loads without this package), tensor_files (safetensors read and written one tensor at a time), config (the stages'
+settings).
 
 Promises
 - A sparse model is the dense model's own class with a wider MLP: dense weights keep their names, and any dense checkpoint loads.
@@ -20,7 +21,10 @@ Pitfall: importing this package registers nothing, because `pesc.models.config` 
 
 
 def register() -> None:
-    """Make `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` know every sparse architecture.  Idempotent."""
+    """Make `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` know every sparse architecture.  Idempotent.
+
+    Types beyond the main ones (`pesc.models.factory.MAIN_TYPES`) are made when a config of theirs is read.
+    """
     from pesc.models.factory import register_architectures
 
     register_architectures()

@@ -85,7 +85,7 @@ def _import_checked(model_dir: Path, out_dir: Path, config: UpcycleConfig, progr
 
 def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, Any]:
     """The sparse config.json: the dense one field by field, another model_type, and the `pesc` block."""
-    from pesc.models.factory import architecture, is_sparse
+    from pesc.models.factory import architecture_of, is_sparse
 
     fields = read_config(model_dir)
     if is_sparse(fields):
@@ -94,7 +94,7 @@ def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, An
         raise ModelError(
             f"{model_dir} is quantised ({fields['quantization_config'].get('quant_method')}): upcycle the unquantised model instead."
         )
-    classes = architecture(fields.get("model_type", ""))
+    classes = architecture_of(fields)
     for name in ("_name_or_path", "auto_map", "transformers_version"):
         fields.pop(name, None)
     return fields | {"model_type": classes.model_type, "architectures": [classes.causal_lm.__name__], "pesc": config.block().to_dict()}

@@ -21,7 +21,6 @@ class SparseMLP(nn.Module):
 
     router: Router
     adapters: AdapterBank
-
     adapter_input: str = "ffn_output"
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -33,6 +32,10 @@ class SparseMLP(nn.Module):
         index_TK, weight_TK = self.router.select(self.router(x_TH))
         return y_TH + self.adapters(x_TH if self.adapter_input == "ffn_input" else y_TH, index_TK, weight_TK)
 
+    def __reduce_ex__(self, protocol):
+        """Pickled by its dense class: the sparse one is made where it is needed, also in a process that has not built it yet."""
+        return _new_sparse, (type(self).__bases__[1],), self.__dict__
+
 
 @cache
 def sparse_class(dense_class: type[nn.Module]) -> type[nn.Module]:
@@ -42,6 +45,11 @@ def sparse_class(dense_class: type[nn.Module]) -> type[nn.Module]:
         (SparseMLP, dense_class),
         {"__module__": __name__, "__doc__": f"{dense_class.__name__} with adapters."},
     )
+
+
+def _new_sparse(dense_class: type[nn.Module]) -> nn.Module:
+    cls = sparse_class(dense_class)
+    return cls.__new__(cls)
 
 
 def widen_mlp(mlp: nn.Module, config: PescConfig, hidden_size: int, layer: int) -> None:

@@ -13,18 +13,47 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pesc.models
 from pesc.models.config import UpcycleConfig
-from pesc.models.factory import architecture
+from pesc.models.factory import architecture, sparse_config
 from pesc.models.upcycle import upcycle_directory
 from pesc.moe.balance import RouterRecorder
+from pesc.moe.config import PescConfig
 from pesc.moe.layer import sparse_parameters
 
 VOCABULARY = 259
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UPCYCLE = UpcycleConfig(num_experts=4, top_k=2, adapter_dim=8)
+PESC = PescConfig(num_experts=4, top_k=2, adapter_dim=8)
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_LAYERWISE = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+_OWN_FIELDS: dict[str, dict] = {
+    "gemma3n_text": {
+        **_LAYERWISE,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "laurel_rank": 4,
+    },
+    "gemma4_text": {**_LAYERWISE, "global_head_dim": 8},
+    "gemma4_unified_text": {"global_head_dim": 8},
+    "minicpm3": _LATENT,
+    "qwen3_5_text": {**_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+    "youtu": _LATENT,
+}
+"""What a type needs beside the common fields to be small."""
 
 
 def dense_config(model_type: str = "llama", **changes):
-    """A config of some thousand parameters for any supported architecture."""
+    """A config of some thousand parameters for any architecture."""
     fields = dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -39,9 +68,31 @@ def dense_config(model_type: str = "llama", **changes):
         # wide enough that a change of any weight shows in the logits
         initializer_range=0.15,
     )
-    if model_type in ("qwen3", "gemma2", "gemma3_text"):
+    if model_type not in ("llama", "mistral", "qwen2", "phi3", "olmo2", "granite"):  # those follow hidden_size
         fields["head_dim"] = 8
-    return architecture(model_type).dense_config(**(fields | changes))
+    fields |= _OWN_FIELDS.get(model_type, {}) | changes
+    return architecture(model_type).dense_config(**{name: value for name, value in fields.items() if value is not None})
+
+
+def make_sparse(model_type: str = "llama", trained: bool = True, dtype=torch.float32, **changes):
+    """A sparse model in memory; `trained` fills the bank, so that the adapters do something."""
+    torch.manual_seed(3)
+    model = architecture(model_type).causal_lm(sparse_config(dense_config(model_type, **changes), PESC)).to(dtype).eval()
+    return fill_bank(model) if trained else model
+
+
+def fill_bank(model):
+    """The model with adapters that do something, as after training."""
+    with torch.no_grad():
+        for name, parameter in sparse_parameters(model):
+            if name.endswith("adapters.up"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Token ids without special ones."""
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def save_tokenizer(directory: Path) -> None:
