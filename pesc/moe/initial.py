@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +21,23 @@ def draw_initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """
     if name.endswith("adapters.up"):
         return torch.zeros(shape, device="cpu")
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=_generator(name, seed))
+
+
+def draw_initial_chunks(name: str, shape: tuple[int, ...], seed: int, elements: int = 1 << 14) -> Iterator[torch.Tensor]:
+    """The same values in order, in flat pieces of `elements` in one buffer: a piece is overwritten by the next.
+
+    Small pieces stay in the cache and below the size that torch splits over threads, so that several names can be drawn at a time.
+    """
+    bound, generator = 1 / math.sqrt(shape[-1]), _generator(name, seed)
+    size = math.prod(shape)
+    buffer = torch.zeros(min(elements, size), device="cpu")
+    for start in range(0, size, elements):
+        piece = buffer[: size - start]
+        yield piece if name.endswith("adapters.up") else piece.uniform_(-bound, bound, generator=generator)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,11 @@
+"""Measurements: what a claim about speed or memory stands on.
+
+    pesc bench convert            dense to sparse conversion: time against a plain write of the same bytes, peak memory by model size
+
+Key contracts
+- A figure has its control in the same run, on the same machine and disk: what is reported first is a ratio.
+- Memory is the peak of a process of its own.
+- `--quick` measures the same with tiny shapes, in seconds: it shows that the measurement works, not what the figures are.
+
+Nothing here imports torch before a command runs.
+"""
