@@ -225,7 +225,8 @@ def _rope_fields(fields: Mapping[str, Any], layout: Layout, where: Path) -> dict
         )
     if theta != 10_000.0 and layout.model_type == "camelidae":
         logger.warning("%s has rope_theta %g, but the modeling code of Camelidae computes with 10000: mend it there.", where, theta)
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else {"type": kind, **scaling}}
+    said = {"rope_theta": theta} if rope or "rope_theta" in fields else {}
+    return {**said, "rope_scaling": None if kind == "default" else {"type": kind, **scaling}}
 
 
 def _map_back(specs: Mapping[str, TensorSpec], layout: Layout, num_experts: int) -> dict[str, tuple[str, int | None, TensorSpec]]:

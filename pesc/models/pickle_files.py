@@ -57,9 +57,11 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file.  Raises ModelError when it is damaged, or not a plain dictionary of tensors."""
     import torch
 
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # the format before torch 1.6 cannot be mapped
     try:
-        content = _load(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ModelError(f"{path} is not a plain file of tensors, so it is not opened: {reason}") from error
     if not isinstance(content, dict):
@@ -68,14 +70,6 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ModelError(f"{path} has {name!r}, which is not a tensor but a {type(value).__name__}: it is not a file of weights.")
     return content
-
-
-def _load(path: Path) -> object:
-    import torch
-
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"  # the format before torch 1.6 cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def tensor_specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
