@@ -99,6 +99,7 @@ def export_published(
     fields = read_config(model_dir)
     layout = choose_layout(fields, format_name, model_dir)
     block = _read_block(fields, model_dir)
+    _check_dense_options(fields, model_dir)
     source = TensorDirectory(model_dir)
     check_complete(fields, source.specs, model_dir)
     origins = _map_back(source.specs, layout, block.num_experts)
@@ -163,7 +164,6 @@ def published_config(
     fields: Mapping[str, Any], block: PescConfig, layout: Layout, specs: Mapping[str, TensorSpec], where: Path
 ) -> dict[str, Any]:
     """The config.json of the layout: the dense fields by their names of then, and the sparse settings at the top level."""
-    _check_dense_options(fields, where)
     own = {"pesc", "model_type", "architectures", "auto_map", "rope_parameters", "rope_scaling", "dtype", "torch_dtype", "layer_types"}
     kept = {name: value for name, value in fields.items() if name not in own}
     bank = next(spec for name, spec in specs.items() if name.endswith(".adapters.down"))
