@@ -104,7 +104,9 @@ def with_config(sparse, directory, **fields):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.floats(1.0, 1e7), st.sampled_from([{}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}]), st.booleans()
+    st.floats(1.0, 1e7),
+    st.sampled_from([{}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}]),
+    st.booleans(),
 )
 def test_rope_survives_the_trip(sparse, tmp_path_factory, theta, scaling, old_names):
     place = tmp_path_factory.mktemp("rope")
@@ -163,7 +165,9 @@ def test_architectures_without_the_layout_hear_what_is_possible(sparse, tmp_path
 
 def test_seed_and_dispatch_change_no_trained_model(sparse, tmp_path):
     block = json.loads((sparse / "config.json").read_text())["pesc"]
-    export_published(with_config(sparse, tmp_path / "ours", pesc=block | {"seed": 7, "dispatch": "dense"}), new(tmp_path / "out"), "camelidae")
+    export_published(
+        with_config(sparse, tmp_path / "ours", pesc=block | {"seed": 7, "dispatch": "dense"}), new(tmp_path / "out"), "camelidae"
+    )
     assert (tmp_path / "out/tokenizer.json").is_file()
 
 

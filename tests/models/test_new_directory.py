@@ -13,6 +13,16 @@ def everything(root):
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
 
 
+def half_fill(out, then):
+    with new_directory(out) as building:
+        (building / "half").write_text("x")
+        then()
+
+
+def throw(error):
+    raise error
+
+
 @pytest.mark.parametrize("state", ["new", "empty", "below a missing parent"])
 def test_it_appears_when_it_is_whole(tmp_path, state):
     out = tmp_path / ("deep/er/out" if state == "below a missing parent" else "out")
@@ -39,17 +49,15 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_nothing_is_left_after_a_failure(tmp_path, case):
     raised, expected, message = FAILURES[case]
-    with pytest.raises(expected, match=message), new_directory(tmp_path / "made/for/it") as building:
-        (building / "half").write_text("x")
-        raise raised
+    with pytest.raises(expected, match=message):
+        half_fill(tmp_path / "made/for/it", lambda: throw(raised))
     assert everything(tmp_path) == []
 
 
 def test_a_failure_keeps_what_was_there(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out") as building:
-        (building / "half").write_text("x")
-        1 / 0
+    with pytest.raises(ZeroDivisionError):
+        half_fill(tmp_path / "out", lambda: 1 / 0)
     assert everything(tmp_path) == ["out"]
 
 
@@ -67,10 +75,12 @@ def test_what_is_in_use_is_refused_before_anything_is_built(tmp_path, make, mess
 
 
 def test_another_program_that_was_faster_keeps_its_files(tmp_path):
-    with pytest.raises(ModelError, match="filled by another program"), new_directory(tmp_path / "out") as building:
-        (building / "mine").write_text("x")
+    def fill():
         (tmp_path / "out").mkdir()
         (tmp_path / "out/theirs").write_text("x")
+
+    with pytest.raises(ModelError, match="filled by another program"):
+        half_fill(tmp_path / "out", fill)
     assert everything(tmp_path) == ["out", "out/theirs"]
 
 

@@ -106,7 +106,10 @@ SPOILS = {
         lambda c: change_experts(c, lambda t: [t.pop(name) for name in list(t) if ".layers.1." in name]),
         r"lacks the tensor model\.layers\.1\.mlp\.router",
     ),
-    "a wrong shape": (lambda c: change_experts(c, lambda t: t.update({EXPERT: torch.ones(32, 9)})), r"expert_3\.adapter_up\.weight as F32 \[32, 9\]"),
+    "a wrong shape": (
+        lambda c: change_experts(c, lambda t: t.update({EXPERT: torch.ones(32, 9)})),
+        r"expert_3\.adapter_up\.weight as F32 \[32, 9\]",
+    ),
     "a layer too many": (
         lambda c: change_experts(c, lambda t: t.update({n.replace(".layers.1.", ".layers.2."): x for n, x in list(t.items())})),
         r"model\.layers\.2\.mlp\.\S+, which a pesc_llama of this config\.json does not have",
@@ -115,7 +118,10 @@ SPOILS = {
         lambda c: change_experts(c, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)})),
         r"base_model\.model\.lm_head\.weight, which is neither a router nor an expert",
     ),
-    "not a number": (lambda c: change_experts(c, lambda t: t[EXPERT].fill_(float("nan"))), "not a number in model.layers.1.mlp.adapters.up"),
+    "not a number": (
+        lambda c: change_experts(c, lambda t: t[EXPERT].fill_(float("nan"))),
+        "not a number in model.layers.1.mlp.adapters.up",
+    ),
     "no adapter": (lambda c: shutil.rmtree(c / "adapter_model"), "no adapter_config.json"),
     "half a LoRA": (
         lambda c: change_lora(c, lambda t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")),
