@@ -8,7 +8,9 @@ of its own (imports are not in its time), between two plain writes of the same n
     ratio     seconds of the conversion, sync and rename included, over the mean of the writes beside it; the median of the runs
     peak RSS  of the converting process, Python, torch and transformers included
 
-Pitfall: an exec'd process inherits the peak that getrusage reports from whoever started it; VmHWM of /proc is its own.
+Pitfalls
+- Half of the bank is zeros at the start: the conversion leaves a hole for them, while the plain write writes every byte.
+- An exec'd process inherits the peak that getrusage reports from whoever started it; VmHWM of /proc is its own.
 """
 
 from __future__ import annotations

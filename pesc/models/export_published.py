@@ -121,9 +121,7 @@ def export_published(
     else:
         write_sharded(out_dir, specs, max_shard_bytes, make)
     write_config(out_dir, config)
-    link_companions(model_dir, out_dir)
-    for code in out_dir.glob("*.py"):
-        code.unlink()  # the modeling code of another layout
+    link_companions(model_dir, out_dir, code=False)
     return layout
 
 

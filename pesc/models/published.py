@@ -46,11 +46,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 class TensorSource(Protocol):
     """Tensors by name, each read when it is asked for."""
 
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Tensor name -> spec."""
-        ...
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
         ...
@@ -66,7 +61,7 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def open_weights(model_dir: Path) -> TensorSource:
+def open_weights(model_dir: Path) -> TensorDirectory | PickleDirectory:
     """The tensors of a directory: safetensors where there are any, else pickles."""
     named = any((model_dir / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     return TensorDirectory(model_dir) if named or not any(model_dir.glob("pytorch_model*.bin")) else PickleDirectory(model_dir)
@@ -91,9 +86,7 @@ def import_published(model_dir: Path, out_dir: Path, progress: Callable[..., Non
 
     write_sharded(out_dir, specs, MAX_SHARD_BYTES, make)
     write_config(out_dir, fields)
-    link_companions(model_dir, out_dir)
-    for code in out_dir.glob("*.py"):
-        code.unlink()  # the checkpoint's own modeling code; it does not run on current transformers
+    link_companions(model_dir, out_dir, code=False)  # the checkpoint's own code does not run on current transformers
     return fields["pesc"]
 
 

@@ -187,16 +187,18 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
 
 
 def write_chunks(
-    path: Path, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[torch.Tensor]], done: Callable[[str], None]
+    path: Path, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[torch.Tensor] | None], done: Callable[[str], None]
 ) -> None:
     """Write one safetensors file; `chunks(name)` gives a tensor's values in order, in flat pieces; `done(name)` when it is written.
 
+    None for the pieces means zeros: they become a hole, which reads as zeros and takes neither time nor room on the disk.
     Some tensors are made and written at a time, each by a thread of its own.  The data is synced to disk.
     """
     head, offsets = _encode_header(specs)
     workers = min(MAX_WRITERS, os.cpu_count() or 1)
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         os.pwrite(file.fileno(), head, 0)
+        file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
         jobs = {
             pool.submit(_write_pieces, file.fileno(), offset, chunks(name), specs[name].num_bytes): name for name, offset in offsets.items()
         }
@@ -218,7 +220,9 @@ def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> None:
         file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
 
 
-def _write_pieces(descriptor: int, start: int, pieces: Iterable[torch.Tensor], size: int) -> None:
+def _write_pieces(descriptor: int, start: int, pieces: Iterable[torch.Tensor] | None, size: int) -> None:
+    if pieces is None:
+        return
     offset = start
     for piece in pieces:
         view = memoryview(_raw(piece))
@@ -299,17 +303,19 @@ def _clone_file(source: Path, target: Path) -> bool:
     return True
 
 
-def link_companions(source: Path, target: Path) -> list[str]:
+def link_companions(source: Path, target: Path, code: bool = True) -> list[str]:
     """Link what belongs to a model beside weights and config.json: tokenizer, chat template, generation settings, licence, remote code.
 
-    Returns the names.  Weights in other formats (pickles, GGUF, ONNX) and hidden files are left out.
+    Without `code`, modeling files stay behind: they are of another layout.  Weights in other formats (pickles, GGUF, ONNX) and hidden files
+    are left out.  Returns the names.
     """
-    names = sorted(path.name for path in source.iterdir() if path.is_file() and _is_companion(path.name))
+    names = sorted(path.name for path in source.iterdir() if path.is_file() and _is_companion(path.name, code))
     for name in names:
         link_file(source / name, target / name)
     return names
 
 
-def _is_companion(name: str) -> bool:
+def _is_companion(name: str, code: bool) -> bool:
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
-    return not name.startswith(".") and name != "config.json" and not name.endswith(weights)
+    unwanted = weights if code else (*weights, ".py")
+    return not name.startswith(".") and name != "config.json" and not name.endswith(unwanted)

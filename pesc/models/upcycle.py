@@ -4,7 +4,7 @@
 
 The dense shards are hard links, `bank.safetensors` holds every router and bank, the index names both, config.json becomes the sparse
 model's.  The `up` projections are zero, so that the sparse model is the dense model exactly.  The bank is drawn and written in small
-pieces: memory does not grow with the model.
+pieces: memory does not grow with the model.  The zeros of `up` are holes in its file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BANK_NAME = "bank.safetensors"
+_WRITE_ELEMENTS = 1 << 19
+"""Values of the bank in one write."""
 DENSE_NAME = "model-00001-of-00001.safetensors"
 """Name of a single dense shard in the sparse directory: transformers would read `model.safetensors` alone and never see the bank."""
 
@@ -141,15 +143,24 @@ def bank_specs(num_layers: int, hidden_size: int, config: UpcycleConfig) -> dict
 def _write_bank(path: Path, specs: dict[str, TensorSpec], config: UpcycleConfig, progress) -> None:
     import torch
 
-    from pesc.moe.initial import draw_initial_chunks
+    from pesc.moe.initial import draw_initial_chunks, starts_at_zero
 
     dtype, count = getattr(torch, config.dtype), iter(range(1, len(specs) + 1))
 
     def draw(name: str) -> Iterator[torch.Tensor]:
+        buffer, used = torch.empty(_WRITE_ELEMENTS, dtype=dtype), 0
         for piece in draw_initial_chunks(name.removeprefix("model."), specs[name].shape, config.seed):
-            yield piece.to(dtype)
+            buffer[used : used + len(piece)].copy_(piece)
+            used += len(piece)
+            if used + len(piece) > len(buffer):
+                yield buffer[:used]
+                used = 0
+        yield buffer[:used]
 
-    write_chunks(path, specs, draw, done=lambda name: progress(next(count), len(specs), unit="tensors", message=name))
+    def chunks(name: str) -> Iterator[torch.Tensor] | None:
+        return None if starts_at_zero(name) else draw(name)
+
+    write_chunks(path, specs, chunks, done=lambda name: progress(next(count), len(specs), unit="tensors", message=name))
 
 
 def expected_specs(fields: dict[str, Any], where: Path) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -19,7 +19,7 @@ def draw_initial(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     `…adapters.up` is zero, which makes the crafted model equal to the dense one.  Everything else is U(-1/√H, 1/√H) with H the last
     dimension: kaiming uniform with a = √5 of each [*, H] matrix.  (torch's own kaiming_uniform_ takes R·H for the fan-in of [E, R, H].)
     """
-    if _starts_at_zero(name):
+    if starts_at_zero(name):
         return torch.zeros(shape, device="cpu")
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=_generator(name, seed))
@@ -35,10 +35,11 @@ def draw_initial_chunks(name: str, shape: tuple[int, ...], seed: int, elements: 
     buffer = torch.zeros(min(elements, size), device="cpu")
     for start in range(0, size, elements):
         piece = buffer[: size - start]
-        yield piece if _starts_at_zero(name) else piece.uniform_(-bound, bound, generator=generator)
+        yield piece if starts_at_zero(name) else piece.uniform_(-bound, bound, generator=generator)
 
 
-def _starts_at_zero(name: str) -> bool:
+def starts_at_zero(name: str) -> bool:
+    """Whether all start values of a tensor are zero."""
     return name.endswith("adapters.up")
 
 

@@ -85,3 +85,13 @@ def test_an_index_that_cannot_be_is_named(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         TensorDirectory(tmp_path)
+
+
+def test_zeros_are_a_hole(tmp_path):
+    specs = {"a": TensorSpec("F32", (2,)), "zeros": TensorSpec("BF16", (1000, 5000)), "b": TensorSpec("F32", (3,))}
+    write_chunks(tmp_path / "x", specs, lambda name: None if name == "zeros" else [torch.ones(specs[name].shape)], lambda _name: None)
+    write_tensors(
+        tmp_path / "whole", specs, lambda n: torch.zeros(1000, 5000, dtype=torch.bfloat16) if n == "zeros" else torch.ones(specs[n].shape)
+    )
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "x").stat().st_blocks * 512 < 1_000_000
