@@ -4,6 +4,8 @@ pesc recipes                              the recipes that ship with the package
 pesc plan demo                            what would run, and why
 pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
+pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
+pesc bench convert                        measure it on this machine
 
 A failure that the user can mend is one sentence on stderr and exit code 1; wrong usage is exit code 2.
 Nothing here imports torch.
@@ -19,7 +21,9 @@ from typing import Annotated
 
 import typer
 
+from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import load_recipe, recipe_names
 from pesc.settings import store_root
@@ -29,6 +33,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0] if __doc__ else ""
 )
 dev = typer.Typer(no_args_is_help=True, help="For those who change this package.")
+model_commands.add_to(app)
+app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.", metavar="RECIPE")]
@@ -231,7 +237,7 @@ def main() -> None:
     try:
         app()
     except PescError as error:
-        _fail(str(error), 1)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted. Finished stages and checkpoints are kept: run the same command again to go on.", 130)
     except BrokenPipeError:  # `pesc plan | head`

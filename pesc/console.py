@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -81,6 +83,27 @@ class ConsoleRun:
         if not self._console.is_terminal and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             self._console.print(f"       {self._address}  {progress.done:g}/{progress.total:g} {progress.unit}  {note}", markup=False)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, console: Console | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, plain lines now and then elsewhere, on stderr; gives `progress(done, total, unit=, message=)`, as stages have it."""
+    console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+    bar = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    task, last_line = bar.add_task(escape(label), total=None, note=""), time.monotonic()
+
+    def progress(done: float, total: float, unit: str = "steps", message: str = "") -> None:
+        nonlocal last_line
+        bar.update(task, completed=done, total=total or None, note=message)
+        if not console.is_terminal and time.monotonic() - last_line > PLAIN_SECONDS:
+            last_line = time.monotonic()
+            console.print(f"{label}  {done:g}/{total:g} {unit}  {message}", markup=False)
+
+    with bar:
+        yield progress
 
 
 def render_report(store: Store, outcome: Outcome) -> str:

@@ -13,6 +13,15 @@ from pathlib import Path
 class PescError(Exception):
     """A failure with a cause the user can act on.  `str(error)` is the whole message."""
 
+    exit_code = 1
+    """What the `pesc` command ends with."""
+
+
+class CancelledError(PescError):
+    """The user pressed Ctrl-C, and what was half done is gone."""
+
+    exit_code = 130
+
 
 class RecipeError(PescError):
     """A recipe, an override or an address that cannot be used."""

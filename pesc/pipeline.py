@@ -96,7 +96,14 @@ STAGES: tuple[Stage, ...] = (
         UpcycleConfig,
         1,
         "pesc.models.upcycle:build",
-        ("pesc.models.upcycle", "pesc.models.published", "pesc.models.tensor_files", "pesc.models.factory", "pesc.moe"),
+        (
+            "pesc.models.upcycle",
+            "pesc.models.published",
+            "pesc.models.pickle_files",
+            "pesc.models.tensor_files",
+            "pesc.models.factory",
+            "pesc.moe",
+        ),
         isolated=True,
         summary="dense to sparse",
     ),
@@ -117,6 +124,7 @@ STAGES: tuple[Stage, ...] = (
         (
             "pesc.models.merge",
             "pesc.models.lora",
+            "pesc.models.pickle_files",
             "pesc.models.nf4",
             "pesc.models.proof",
             "pesc.models.upcycle",

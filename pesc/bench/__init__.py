@@ -1,7 +1,12 @@
-"""Measurements that a user can repeat: `pesc bench layer`, `pesc bench decode`, `pesc bench convert`.
+"""Measurements: what a claim about speed or memory stands on.
 
-Promises: whatever is compared is measured in turn in one run, against a control (the dense layer, the dense model, a plain write of as many bytes);
-each table names the machine, versions and command.  The bars are asserted in tests/benchmarks.
+    pesc bench layer, pesc bench decode   the sparse layer against the dense FFN, the sparse model against the dense one
+    pesc bench convert                    dense to sparse conversion: time against a plain write of the same bytes, peak memory by model size
 
-Never: imports anything of pesc but the code that is measured.  This file imports no torch.
+Key contracts
+- A figure has its control in the same run, on the same machine and disk: what is reported first is a ratio.
+- Memory is the peak of a process of its own.
+- `--quick` measures the same with tiny shapes, in seconds: it shows that the measurement works, not what the figures are.
+
+Nothing here imports torch before a command runs.
 """

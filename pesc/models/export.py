@@ -1,6 +1,6 @@
 """A sparse model directory that loads without this package, with `trust_remote_code=True`.
 
-    python -m pesc.models.export MODEL_DIR OUT_DIR
+    pesc export MODEL_DIR --format remote-code --out OUT_DIR
 
 Weights, tokenizer and settings are hard links; `modeling_pesc.py` is one file made of the sources of `pesc.moe` and of the sparse classes of
 the one architecture; config.json names it in `auto_map`.  vLLM's Transformers backend serves such a directory as it is.
@@ -11,7 +11,6 @@ trees.  The file imports torch and transformers, nothing else.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -155,17 +154,3 @@ class _QuoteAnnotations(ast.NodeTransformer):
     @staticmethod
     def _quote(annotation: ast.expr | None) -> ast.expr | None:
         return annotation and ast.Constant(ast.unparse(annotation))
-
-
-def main() -> None:
-    """Command line of this module: export one model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True)
-    export_remote_code(arguments.model, arguments.out)
-
-
-if __name__ == "__main__":
-    main()

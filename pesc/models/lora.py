@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
-from pesc.models.tensor_files import TensorSpec, read_header
+from pesc.models.pickle_files import read_pickle, tensor_specs
+from pesc.models.tensor_files import TensorSpec, read_header, read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -47,20 +49,23 @@ class LoraAdapter:
     num_parameters: int
     pairs: Mapping[str, tuple[str, str]]
     """Weight name in the model (`model.layers.0.self_attn.q_proj.weight`) -> keys of A and B in the file."""
+    read: Callable[[str], torch.Tensor]
+    """One tensor of the file by its key."""
 
     def delta(self, weight: str) -> torch.Tensor:
         """Scaling · B · A of one weight, [O, I] in fp32.  Raises ModelError when it is not a number or B was never trained."""
-        from safetensors import safe_open
-
         key_a, key_b = self.pairs[weight]
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            a_RI, b_OR = file.get_tensor(key_a).float(), file.get_tensor(key_b).float()
+        a_RI, b_OR = self.read(key_a).float(), self.read(key_b).float()
         for key, tensor in ((key_a, a_RI), (key_b, b_OR)):
             if not tensor.isfinite().all():
                 raise ModelError(f"{self.path} has a value that is not a number in {key}: the training diverged; train again.")
         if not b_OR.any():
             raise ModelError(f"{self.path} has {key_b} all zero: {weight} was never trained; look for a frozen part in the training log.")
         return self.scaling * (b_OR @ a_RI)
+
+    def fold(self, weight: str, base_OI: torch.Tensor) -> torch.Tensor:
+        """W + scaling · B · A in fp32."""
+        return base_OI.float() + self.delta(weight)
 
 
 def read_lora(adapter_dir: Path, model: Mapping[str, TensorSpec]) -> LoraAdapter:
@@ -69,10 +74,7 @@ def read_lora(adapter_dir: Path, model: Mapping[str, TensorSpec]) -> LoraAdapter
     Raises ModelError for an adapter that uses what cannot be folded, lacks a pair, has one too many, or has one of another shape.
     """
     config = _read_config(adapter_dir)
-    path = adapter_dir / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ModelError(f"{adapter_dir} has no adapter_model.safetensors: the training did not finish; run `train` again.")
-    header = read_header(path)
+    path, header, read = _open_weights(adapter_dir)
     sides = _group_keys(header, path)
     _check_targets(sides, config, model, path)
     rank = config["r"]
@@ -84,7 +86,18 @@ def read_lora(adapter_dir: Path, model: Mapping[str, TensorSpec]) -> LoraAdapter
         _check_shape(path, keys["B"], header, (out_features, rank), weight)
         pairs[weight] = (keys["A"], keys["B"])
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return LoraAdapter(path, config["lora_alpha"] / divisor, rank, sum(spec.num_elements for spec in header.values()), pairs)
+    return LoraAdapter(path, config["lora_alpha"] / divisor, rank, sum(spec.num_elements for spec in header.values()), pairs, read)
+
+
+def _open_weights(adapter_dir: Path) -> tuple[Path, Mapping[str, TensorSpec], Callable[[str], torch.Tensor]]:
+    """The file of the matrices, its tensors, and how to read one.  PEFT before 0.7 wrote a pickle."""
+    path, old = adapter_dir / "adapter_model.safetensors", adapter_dir / "adapter_model.bin"
+    if not path.is_file() and old.is_file():
+        tensors = read_pickle(old)
+        return old, tensor_specs(tensors), tensors.__getitem__
+    if not path.is_file():
+        raise ModelError(f"{adapter_dir} has no adapter_model.safetensors: the training did not finish; run `train` again.")
+    return path, read_header(path), partial(read_tensor, path)
 
 
 def _read_config(adapter_dir: Path) -> dict[str, Any]:

@@ -23,17 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
 from pesc.models.lora import LoraAdapter, read_lora
-from pesc.models.tensor_files import (
-    SINGLE_NAME,
-    TensorDirectory,
-    TensorSpec,
-    dtype_code,
-    link_companions,
-    plan_shards,
-    read_header,
-    write_index,
-    write_tensors,
-)
+from pesc.models.tensor_files import TensorDirectory, TensorSpec, dtype_code, link_companions, read_header, read_tensor, write_sharded
 from pesc.models.upcycle import BANK_NAME, check_complete, read_config, write_config
 from pesc.stage import BuildResult, StageContext
 
@@ -191,8 +181,6 @@ def write_merged(
     target = dtype_code(config.dtype)
     tensors = {**parts.model.specs, **parts.bank}
     specs = {name: TensorSpec(target if spec.dtype in FLOATING else spec.dtype, spec.shape) for name, spec in tensors.items()}
-    shards = plan_shards(specs, config.max_shard_bytes)
-    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     ledger: list[dict[str, Any]] = []
 
     def make(name: str) -> torch.Tensor:
@@ -201,11 +189,7 @@ def write_merged(
         progress(len(ledger), len(specs), unit="tensors", message=name)
         return tensor
 
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(out_dir / file, shard, make)
-    if len(shards) > 1:
-        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        write_index(out_dir, files, sum(spec.num_bytes for spec in specs.values()))
+    write_sharded(out_dir, specs, config.max_shard_bytes, make)
     fields = {name: value for name, value in parts.fields.items() if name != "torch_dtype"}  # the old name of dtype
     write_config(out_dir, fields | {"dtype": config.dtype})
     link_companions(parts.model_dir, out_dir)
@@ -229,7 +213,7 @@ def _merge_tensor(parts: MergeParts, name: str, dtype: str) -> tuple[torch.Tenso
         entry |= _idle_experts(name, result)
     elif name in parts.lora.pairs:
         entry["action"] = "merged"
-        result = parts.base_weight(name).float() + parts.lora.delta(name)
+        result = parts.lora.fold(name, parts.base_weight(name))
     elif name in parts.quantized:
         result = parts.base_weight(name)
     entry["quantized"] = name in parts.quantized
@@ -254,10 +238,7 @@ def _whole_numbers(parts: MergeParts, name: str, start: torch.Tensor | None) -> 
 
 
 def _read_trained(path: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensor = file.get_tensor(name)
+    tensor = read_tensor(path, name)
     if not tensor.isfinite().all():
         raise ModelError(f"{path} has a value that is not a number in {name}: the training diverged; train again.")
     if name.endswith("adapters.up") and not tensor.any():

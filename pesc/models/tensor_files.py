@@ -4,17 +4,22 @@ Key contracts
 - `TensorDirectory` reads a model directory (single file or sharded) lazily, by tensor name.
 - `write_tensors` streams tensors into one file whose header is known before the first of them is made; bytes depend on names, dtypes,
   shapes and values alone (no metadata but the `format` that transformers insists on, tensors in the order given).
+- `write_chunks` writes the same bytes with some threads, from pieces of tensors: its memory does not depend on the model.
 
-Pitfall: transformers prefers `model.safetensors` over an index.  A directory with more files must not contain a file of that name.
+Pitfalls
+- transformers prefers `model.safetensors` over an index.  A directory with more files must not contain a file of that name.
+- A linked file *is* the other directory's file: nothing may open it for writing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +30,8 @@ from pesc.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+MAX_WRITERS = 4
+"""Threads of `write_chunks`: they draw random numbers, and a disk is busy with fewer."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -43,6 +50,8 @@ DTYPE_BYTES = {
     "F8_E5M2": 1,
 }
 """Bytes of one element of the dtypes a checkpoint may hold."""
+_FICLONE = 0x40049409
+"""The ioctl of Linux that makes a file share another one's blocks until either changes (Btrfs, XFS, bcachefs)."""
 _DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 
 
@@ -65,8 +74,15 @@ class TensorSpec:
 
 
 def dtype_code(name: str) -> str:
-    """The safetensors code of a torch dtype's name: bfloat16 -> BF16."""
+    """The safetensors code of a torch dtype's name: bfloat16 -> BF16.  Raises ModelError for a dtype that no model here has."""
+    if name not in _DTYPE_CODES:
+        raise ModelError(f"A tensor of {name} cannot be converted: it must be one of {', '.join(_DTYPE_CODES)}.")
     return _DTYPE_CODES[name]
+
+
+def dtype_name(code: str) -> str:
+    """The name of a torch dtype by its safetensors code: BF16 -> bfloat16."""
+    return {found: name for name, found in _DTYPE_CODES.items()}[code]
 
 
 class TensorDirectory:
@@ -89,11 +105,7 @@ class TensorDirectory:
             raise ModelError(
                 f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}: {found}. Convert the model to safetensors first."
             )
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for shard in sorted(set(weight_map.values())):
-            if not (self.directory / shard).is_file():
-                raise ModelError(f"{index} names the shard {shard}, but it is not there: download the model again.")
-        return dict(weight_map)
+        return read_weight_map(index)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -108,10 +120,36 @@ class TensorDirectory:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
+        return read_tensor(self.directory / self.files[name], name)
+
+    def read_row(self, name: str, row: int) -> torch.Tensor:
+        """One row of the first dimension of a tensor, on the CPU; the rest is not read."""
         from safetensors import safe_open
 
         with safe_open(self.directory / self.files[name], framework="pt", device="cpu") as file:
-            return file.get_tensor(name)
+            return file.get_slice(name)[row]
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of one safetensors file, on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return file.get_tensor(name)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index.  Raises ModelError when it is not one, or names a file that is not beside it."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not an index of shards ({error!r}): download the model again.") from error
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise ModelError(f"{index} names the shard {shard}, which is not a plain file name: the index is damaged or hostile.")
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{index} names the shard {shard}, but it is not there: download the model again.")
+    return weight_map
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -136,8 +174,69 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
 
     The data is synced to disk.  Raises ValueError when `make` gives another shape or dtype than the spec.
     """
-    import torch
+    head, _ = _encode_header(specs)
+    with path.open("wb") as file:
+        file.write(head)
+        for name, spec in specs.items():
+            tensor = make(name).detach().cpu().contiguous()
+            if tuple(tensor.shape) != spec.shape or dtype_code(str(tensor.dtype).removeprefix("torch.")) != spec.dtype:
+                raise ValueError(f"{name} was announced as {spec}, but is {tensor.dtype} {tuple(tensor.shape)}")
+            file.write(_raw(tensor))
+        file.flush()
+        os.fsync(file.fileno())
 
+
+def write_chunks(
+    path: Path, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[torch.Tensor] | None], done: Callable[[str], None]
+) -> None:
+    """Write one safetensors file; `chunks(name)` gives a tensor's values in order, in flat pieces; `done(name)` when it is written.
+
+    None for the pieces means zeros: they become a hole, which reads as zeros and takes neither time nor room on the disk.
+    Some tensors are made and written at a time, each by a thread of its own.  The data is synced to disk.
+    """
+    head, offsets = _encode_header(specs)
+    workers = min(MAX_WRITERS, os.cpu_count() or 1)
+    with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
+        os.pwrite(file.fileno(), head, 0)
+        file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
+        jobs = {
+            pool.submit(_write_pieces, file.fileno(), offset, chunks(name), specs[name].num_bytes): name for name, offset in offsets.items()
+        }
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                done(jobs[job])
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        os.fsync(file.fileno())
+
+
+def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Write one safetensors file of zeros that takes no room on the disk: for measurements with models of any size."""
+    head, _ = _encode_header(specs)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
+
+
+def _write_pieces(descriptor: int, start: int, pieces: Iterable[torch.Tensor] | None, size: int) -> None:
+    if pieces is None:
+        return
+    offset = start
+    for piece in pieces:
+        view = memoryview(_raw(piece))
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            offset, view = offset + written, view[written:]
+    if offset != start + size:
+        raise ValueError(f"a tensor was announced with {size} bytes, but its pieces have {offset - start}")
+    if hasattr(os, "posix_fadvise"):  # the disk starts now, while the next tensor is made, instead of at the fsync
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+
+
+def _encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The start of a safetensors file, and the place in the file of each tensor's values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
@@ -145,15 +244,25 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
         offset += spec.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, spec in specs.items():
-            tensor = make(name).detach().cpu().contiguous()
-            if tuple(tensor.shape) != spec.shape or dtype_code(str(tensor.dtype).removeprefix("torch.")) != spec.dtype:
-                raise ValueError(f"{name} was announced as {spec}, but is {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        file.flush()
-        os.fsync(file.fileno())
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor, without a copy."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def write_sharded(out_dir: Path, specs: Mapping[str, TensorSpec], max_bytes: int, make: Callable[[str], torch.Tensor]) -> None:
+    """Write a model's tensors in order as `model.safetensors`, or as shards of at most `max_bytes` and their index."""
+    shards = plan_shards(specs, max_bytes)
+    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(out_dir / file, shard, make)
+    if len(shards) > 1:
+        files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_index(out_dir, files, sum(spec.num_bytes for spec in specs.values()))
 
 
 def write_index(directory: Path, files: Mapping[str, str], total_size: int) -> None:
@@ -176,24 +285,37 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[dict[st
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system does not allow that."""
+    """Hard-link a file; where the file system does not allow that, let it share the blocks; where it cannot do that either, copy."""
     try:
         os.link(source.resolve(), target)
     except OSError:
-        shutil.copyfile(source, target)
+        if not _clone_file(source, target):
+            shutil.copyfile(source, target)
 
 
-def link_companions(source: Path, target: Path) -> list[str]:
+def _clone_file(source: Path, target: Path) -> bool:
+    """Make `target` a reflink of `source`; False where the file system has none."""
+    with source.open("rb") as read, target.open("wb") as write:
+        try:
+            fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def link_companions(source: Path, target: Path, code: bool = True) -> list[str]:
     """Link what belongs to a model beside weights and config.json: tokenizer, chat template, generation settings, licence, remote code.
 
-    Returns the names.  Weights in other formats (pickles, GGUF, ONNX) and hidden files are left out.
+    Without `code`, modeling files stay behind: they are of another layout.  Weights in other formats (pickles, GGUF, ONNX) and hidden files
+    are left out.  Returns the names.
     """
-    names = sorted(path.name for path in source.iterdir() if path.is_file() and _is_companion(path.name))
+    names = sorted(path.name for path in source.iterdir() if path.is_file() and _is_companion(path.name, code))
     for name in names:
         link_file(source / name, target / name)
     return names
 
 
-def _is_companion(name: str) -> bool:
+def _is_companion(name: str, code: bool) -> bool:
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
-    return not name.startswith(".") and name != "config.json" and not name.endswith(weights)
+    unwanted = weights if code else (*weights, ".py")
+    return not name.startswith(".") and name != "config.json" and not name.endswith(unwanted)

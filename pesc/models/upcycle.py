@@ -1,23 +1,23 @@
 """The `upcycle` stage: a dense model directory becomes a sparse one without touching a dense weight.
 
-    python -m pesc.models.upcycle DENSE_DIR SPARSE_DIR
+    pesc upcycle DENSE_DIR --out SPARSE_DIR
 
 The dense shards are hard links, `bank.safetensors` holds every router and bank, the index names both, config.json becomes the sparse
-model's.  The `up` projections are zero, so that the sparse model is the dense model exactly.  One bank tensor is in memory at a time.
+model's.  The `up` projections are zero, so that the sparse model is the dense model exactly.  The bank is drawn and written in small
+pieces: memory does not grow with the model.  The zeros of `up` are holes in its file.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
-from pesc.models.published import convert_config, import_published, is_published
+from pesc.models.published import convert_config, import_published, is_derived, is_published
 from pesc.models.tensor_files import (
     SINGLE_NAME,
     TensorDirectory,
@@ -25,14 +25,21 @@ from pesc.models.tensor_files import (
     dtype_code,
     link_companions,
     link_file,
+    write_chunks,
     write_index,
-    write_tensors,
 )
 from pesc.stage import BuildResult, StageContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from pesc.moe.config import PescConfig
 
 logger = logging.getLogger(__name__)
 
 BANK_NAME = "bank.safetensors"
+_WRITE_ELEMENTS = 1 << 19
+"""Values of the bank in one write."""
 DENSE_NAME = "model-00001-of-00001.safetensors"
 """Name of a single dense shard in the sparse directory: transformers would read `model.safetensors` alone and never see the bank."""
 
@@ -58,6 +65,8 @@ def upcycle_directory(model_dir: Path, out_dir: Path, config: UpcycleConfig, pro
     files = {}
     for file in sorted(set(dense.files.values())):
         target = DENSE_NAME if file == SINGLE_NAME else file
+        if target == BANK_NAME:
+            raise ModelError(f"{model_dir} has a shard named {BANK_NAME}, which is where the bank goes: rename it, there and in the index.")
         link_file(model_dir / file, out_dir / target)
         files |= {name: target for name, source in dense.files.items() if source == file}
     _write_bank(out_dir / BANK_NAME, bank, config, progress)
@@ -78,9 +87,7 @@ def _import_checked(model_dir: Path, out_dir: Path, config: UpcycleConfig, progr
                 f"{model_dir} is a trained sparse model with {name} {found[name]}, not {getattr(config, name)}: set upcycle.{name}={found[name]}."
             )
     import_published(model_dir, out_dir, progress)
-    specs = TensorDirectory(out_dir).specs
-    bank = {name: spec for name, spec in specs.items() if ".mlp.adapters." in name or ".mlp.router." in name}
-    return count_parameters({name: spec for name, spec in specs.items() if name not in bank}, bank, config)
+    return count_directory(out_dir)
 
 
 def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, Any]:
@@ -95,6 +102,9 @@ def sparse_config_fields(model_dir: Path, config: UpcycleConfig) -> dict[str, An
             f"{model_dir} is quantised ({fields['quantization_config'].get('quant_method')}): upcycle the unquantised model instead."
         )
     classes = architecture_of(fields)
+    for name in ("num_hidden_layers", "hidden_size"):
+        if not isinstance(fields.get(name), int):
+            raise ModelError(f"{model_dir / 'config.json'} does not say {name}: download the model again.")
     for name in ("_name_or_path", "auto_map", "transformers_version"):
         fields.pop(name, None)
     return fields | {"model_type": classes.model_type, "architectures": [classes.causal_lm.__name__], "pesc": config.block().to_dict()}
@@ -141,60 +151,74 @@ def bank_specs(num_layers: int, hidden_size: int, config: UpcycleConfig, where: 
 def _write_bank(path: Path, specs: dict[str, TensorSpec], config: UpcycleConfig, progress) -> None:
     import torch
 
-    from pesc.moe.initial import draw_initial
+    from pesc.moe.initial import draw_initial_chunks, starts_at_zero
 
-    dtype, done = getattr(torch, config.dtype), iter(range(1, len(specs) + 1))
+    dtype, count = getattr(torch, config.dtype), iter(range(1, len(specs) + 1))
 
-    def make(name: str) -> torch.Tensor:
-        tensor = draw_initial(name.removeprefix("model."), specs[name].shape, config.seed).to(dtype)
-        progress(next(done), len(specs), unit="tensors", message=name)
-        return tensor
+    def draw(name: str) -> Iterator[torch.Tensor]:
+        buffer, used = torch.empty(_WRITE_ELEMENTS, dtype=dtype), 0
+        for piece in draw_initial_chunks(name.removeprefix("model."), specs[name].shape, config.seed):
+            buffer[used : used + len(piece)].copy_(piece)
+            used += len(piece)
+            if used + len(piece) > len(buffer):
+                yield buffer[:used]
+                used = 0
+        yield buffer[:used]
 
-    write_tensors(path, specs, make)
+    def chunks(name: str) -> Iterator[torch.Tensor] | None:
+        return None if starts_at_zero(name) else draw(name)
+
+    write_chunks(path, specs, chunks, done=lambda name: progress(next(count), len(specs), unit="tensors", message=name))
 
 
-def expected_specs(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and whether it may be absent (tied to another) of every parameter that a model of this config has; allocates nothing."""
+def expected_specs(fields: dict[str, Any], where: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> shape, and whether it may be absent (tied to another), of every tensor that a model of this config has; allocates nothing."""
     import torch
 
     from pesc.models.factory import causal_lm_of
 
-    with torch.device("meta"):
-        model = causal_lm_of(fields)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, tuple(parameter.shape), name in model.all_tied_weights_keys
+    try:
+        with torch.device("meta"):
+            model = causal_lm_of(fields)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the architecture makes of a wrong value
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ModelError(f"{where / 'config.json'} does not describe a model that transformers can build: {reason}") from error
+    return {name: (tuple(tensor.shape), name in model.all_tied_weights_keys) for name, tensor in model.state_dict().items()}
 
 
 def check_complete(fields: dict[str, Any], specs: dict[str, TensorSpec], where: Path) -> None:
-    """Every parameter of the architecture has a tensor of its shape.  Raises ModelError naming the first that has not."""
-    for name, shape, optional in expected_specs(fields):
+    """Every tensor of the architecture is there in its shape, and no other is.  Raises ModelError naming the first that is not so."""
+    expected = expected_specs(fields, where)
+    for name, (shape, optional) in expected.items():
         if name not in specs:
             if optional:
                 continue
             raise ModelError(f"{where} lacks the tensor {name}, which a {fields['model_type']} of this config.json must have.")
         if specs[name].shape != shape:
             raise ModelError(f"{where} has {name} as {list(specs[name].shape)}, but config.json says {list(shape)}.")
+    for name in specs:
+        if name not in expected and not is_derived(name):
+            raise ModelError(
+                f"{where} has the tensor {name}, which a {fields['model_type']} of this config.json does not have: it would be lost in silence."
+            )
 
 
-def count_parameters(dense: dict[str, TensorSpec], bank: dict[str, TensorSpec], config: UpcycleConfig) -> dict[str, Any]:
+def count_directory(sparse_dir: Path) -> dict[str, Any]:
+    """The counts of a sparse directory of this package."""
+    from pesc.moe.config import PescConfig
+
+    specs = TensorDirectory(sparse_dir).specs
+    bank = {name: spec for name, spec in specs.items() if ".mlp.adapters." in name or ".mlp.router." in name}
+    dense = {name: spec for name, spec in specs.items() if name not in bank}
+    return count_parameters(dense, bank, PescConfig.from_dict(read_config(sparse_dir)["pesc"]))
+
+
+def count_parameters(dense: dict[str, TensorSpec], bank: dict[str, TensorSpec], config: UpcycleConfig | PescConfig) -> dict[str, Any]:
     """Parameters of the dense model, added ones, all, and those that one token uses."""
     added = sum(spec.num_elements for spec in bank.values())
     routed = [spec for name, spec in bank.items() if name.endswith((".adapters.down", ".adapters.up"))]
     idle = sum(spec.num_elements // spec.shape[0] * (spec.shape[0] - config.top_k) for spec in routed)
     base = sum(spec.num_elements for spec in dense.values())
     return {"dense_parameters": base, "added_parameters": added, "total_parameters": base + added, "active_parameters": base + added - idle}
-
-
-def main() -> None:
-    """Command line of this module: convert one directory with the default settings."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("dense", type=Path)
-    parser.add_argument("sparse", type=Path)
-    arguments = parser.parse_args()
-    arguments.sparse.mkdir(parents=True)
-    for name, value in upcycle_directory(arguments.dense, arguments.sparse, UpcycleConfig.model_validate({})).items():
-        print(f"{name:20} {value:,}")
-
-
-if __name__ == "__main__":
-    main()

@@ -173,3 +173,31 @@ def save_blocks(directory: Path) -> Path:
     prompts = ["user: Why is the sky blue?</s>assistant: ", "user: 17 + 25 = ?</s>assistant: ", "user: Write a haiku.</s>assistant: "]
     (directory / "prompts.json").write_text(json.dumps(prompts))
     return directory
+
+
+def save_published(directory: Path, model_type: str, name_of_expert: str, published_type: str, **fields):
+    """A model in a published layout, written by hand; returns the model itself, in this package's classes."""
+    torch.manual_seed(1)
+    classes = architecture(model_type)
+    model = classes.causal_lm(sparse_config(dense_config(model_type), PescConfig(4, 2, 8, scaling=fields.get("moe_scaling", 1.0)))).eval()
+    with torch.no_grad():
+        for name, parameter in sparse_parameters(model):
+            if name.endswith("up"):
+                parameter.normal_(std=0.3)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if ".adapters." in name:
+            prefix, part = name.split(".adapters.")
+            for expert, matrix in enumerate(tensor):
+                key = f"{prefix}.moe_adapter.experts.{name_of_expert.format(expert)}.adapter_{part}.weight"
+                tensors[key] = (matrix.T if part == "up" else matrix).contiguous()
+        else:
+            tensors[name.replace(".mlp.router.", ".mlp.moe_adapter.router.")] = tensor
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict()
+    del config["pesc"]
+    config |= {"model_type": published_type, "num_experts": 4, "topk": 2, "adapter_dim": 8, "top_k": 50} | fields
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "modeling_x.py").write_text("raise SystemExit")
+    return model

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import pesc.models
 from pesc.errors import ModelError
 from pesc.models.export import export_remote_code
+from pesc.models.published import import_published
 from pesc.moe.layer import sparse_parameters
 from tests.models.builders import save_dense, save_sparse
 
@@ -76,3 +77,33 @@ def test_a_dense_model_needs_no_export(tmp_path):
     save_dense(tmp_path / "dense")
     with pytest.raises(ModelError, match="needs no export"):
         export_remote_code(tmp_path / "dense", tmp_path)
+
+
+GOLDEN_LOADER = """
+import sys
+sys.modules["pesc"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+directory, expected = sys.argv[1:]
+model, loading = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
+assert not any(loading.values()), loading
+expected = load_file(expected)
+with torch.no_grad():
+    print((model(expected["input_ids"]).logits - expected["logits"]).abs().max().item())
+"""
+
+
+@pytest.mark.slow
+def test_the_golden_checkpoint_computes_the_reference_logits_without_this_package(shared_data, tmp_path):
+    golden = shared_data / "golden/camelidae-tiny"
+    (tmp_path / "ours").mkdir()
+    import_published(golden, tmp_path / "ours")
+    (tmp_path / "exported").mkdir()
+    export_remote_code(tmp_path / "ours", tmp_path / "exported")
+    (tmp_path / "load.py").write_text(GOLDEN_LOADER)
+    command = [sys.executable, str(tmp_path / "load.py"), str(tmp_path / "exported"), str(golden / "expected.safetensors")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout) <= 5e-5

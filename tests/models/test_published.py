@@ -11,13 +11,12 @@ from transformers import AutoModelForCausalLM
 import pesc.models
 from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
-from pesc.models.factory import architecture, sparse_config
+from pesc.models.factory import architecture
 from pesc.models.published import import_published
 from pesc.models.upcycle import upcycle_directory
 from pesc.moe.balance import RouterRecorder
-from pesc.moe.config import PescConfig
-from pesc.moe.layer import set_dispatch, sparse_parameters
-from tests.models.builders import dense_config
+from pesc.moe.layer import set_dispatch
+from tests.models.builders import save_published
 
 pesc.models.register()
 GOLDEN = UpcycleConfig(num_experts=8, top_k=2, adapter_dim=16, scaling=0.25)
@@ -52,34 +51,6 @@ def test_the_golden_logits_notice_a_wrong_scaling(golden, tmp_path):
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(expected["input_ids"]).logits
     assert (logits - expected["logits"]).abs().max() > 1e-3
-
-
-def save_published(directory, model_type, name_of_expert, published_type, **fields):
-    """A model of ours in the published layout, and the model itself."""
-    torch.manual_seed(1)
-    classes = architecture(model_type)
-    model = classes.causal_lm(sparse_config(dense_config(model_type), PescConfig(4, 2, 8, scaling=fields.get("moe_scaling", 1.0)))).eval()
-    with torch.no_grad():
-        for name, parameter in sparse_parameters(model):
-            if name.endswith("up"):
-                parameter.normal_(std=0.3)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if ".adapters." in name:
-            prefix, part = name.split(".adapters.")
-            for expert, matrix in enumerate(tensor):
-                key = f"{prefix}.moe_adapter.experts.{name_of_expert.format(expert)}.adapter_{part}.weight"
-                tensors[key] = (matrix.T if part == "up" else matrix).contiguous()
-        else:
-            tensors[name.replace(".mlp.router.", ".mlp.moe_adapter.router.")] = tensor
-    directory.mkdir()
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    config = model.config.to_dict()
-    del config["pesc"]
-    config |= {"model_type": published_type, "num_experts": 4, "topk": 2, "adapter_dim": 8, "top_k": 50} | fields
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "modeling_x.py").write_text("raise SystemExit")
-    return model
 
 
 @pytest.mark.parametrize(
@@ -127,3 +98,52 @@ def test_a_pickle_that_wants_to_run_code_is_not_obeyed(golden, tmp_path):
     with pytest.raises(ModelError, match="not a plain file of tensors"):
         import_published(tmp_path / "copy", tmp_path / "out")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(("model_type", "published_type", "scaling"), [("llama", "llama", 0.25), ("mistral", "sparsetral", 1.0)])
+def test_what_a_config_leaves_out_is_what_its_class_says(tmp_path, model_type, published_type, scaling):
+    save_published(tmp_path / "published", model_type, "{}", published_type)
+    path = tmp_path / "published/config.json"
+    fields = json.loads(path.read_text())
+    assert "moe_scaling" not in fields
+    fields.pop("rope_parameters")
+    path.write_text(json.dumps(fields))
+    (tmp_path / "out").mkdir()
+    assert import_published(tmp_path / "published", tmp_path / "out")["scaling"] == scaling
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.rope_parameters == {"rope_theta": 10_000.0, "rope_type": "default"}
+
+
+def test_biases_of_qwen_and_rotary_buffers_are_accounted_for(tmp_path):
+    save_published(tmp_path / "published", "qwen2", "expert_{}", "qwen2idae")
+    path = tmp_path / "published/model.safetensors"
+    tensors = load_file(path)
+    assert "model.layers.0.self_attn.q_proj.bias" in tensors
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    (tmp_path / "out").mkdir()
+    import_published(tmp_path / "published", tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(written["model.layers.0.self_attn.q_proj.bias"], tensors["model.layers.0.self_attn.q_proj.bias"])
+    assert not [name for name in written if "inv_freq" in name]
+    del tensors["model.layers.1.self_attn.v_proj.bias"]
+    save_file(tensors, path)
+    (tmp_path / "two").mkdir()
+    with pytest.raises(ModelError, match=r"lacks the tensor model\.layers\.1\.self_attn\.v_proj\.bias"):
+        import_published(tmp_path / "published", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.mlp.moe_adapter.experts.1.adapter_up.weight", "the same expert twice"),
+        ("model.layers.0.mlp.moe_adapter.experts.experts_0_1.adapter_up.weight", "a layout of experts that is not known"),
+        ("model.layers.0.self_attn.q_norm.weight", "which a pesc_llama of this config.json does not have"),
+    ],
+)
+def test_tensors_that_have_no_place_are_refused(tmp_path, name, message):
+    save_published(tmp_path / "published", "llama", "expert_{}", "camelidae")
+    path = tmp_path / "published/model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(32, 8)}, path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=message):
+        import_published(tmp_path / "published", tmp_path / "out")

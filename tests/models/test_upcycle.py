@@ -1,5 +1,6 @@
 """Upcycling links the dense shards, adds the bank, and is the same bytes every time."""
 
+import hashlib
 import json
 import os
 
@@ -49,6 +50,32 @@ def test_equal_settings_are_equal_bytes_and_a_seed_changes_the_bank_alone(tmp_pa
         "bank.safetensors": [False, True],
         "config.json": [False, True],
     }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"),
+    [
+        ("bfloat16", "ef56940c1836ecd312c64b90c0b8ed364ad5d7f51076b6217650dc5b09f9bcf9"),
+        ("float32", "876006a10654fbebcd568616daa147c6010d095f9b8898f96b742bae2a10da7a"),
+    ],
+)
+def test_the_bank_is_the_same_bytes_as_ever(tmp_path, dtype, digest):
+    save_dense(tmp_path / "dense")
+    save_sparse(tmp_path / "dense", tmp_path / "sparse", UPCYCLE.model_copy(update={"dtype": dtype}))
+    assert hashlib.sha256((tmp_path / "sparse/bank.safetensors").read_bytes()).hexdigest() == digest
+
+
+def test_a_dense_shard_is_never_written_over(tmp_path):
+    """A shard of the bank's name would be a hard link that the bank is then written into."""
+    save_dense(tmp_path / "dense", shard_size="40KB")
+    index = tmp_path / "dense/model.safetensors.index.json"
+    shard = sorted((tmp_path / "dense").glob("model-*.safetensors"))[0]
+    index.write_text(index.read_text().replace(shard.name, "bank.safetensors"))
+    shard.rename(tmp_path / "dense/bank.safetensors")
+    before = (tmp_path / "dense/bank.safetensors").read_bytes()
+    with pytest.raises(ModelError, match=r"a shard named bank\.safetensors"):
+        save_sparse(tmp_path / "dense", tmp_path / "sparse")
+    assert (tmp_path / "dense/bank.safetensors").read_bytes() == before
 
 
 def test_nothing_of_the_machine_is_in_the_config(tmp_path):
