@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pesc.errors import RecipeError
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
-
-
-@bench.callback()
-def _group() -> None:
-    """Keep this a group while it has one command."""
 
 
 @bench.command()
@@ -30,3 +27,78 @@ def convert(
     with progress_bar("bench convert") as progress:
         rows = measure(QUICK_SHAPES if quick else SHAPES, directory, repeats, progress)
     print(render(rows))
+
+
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda when there is a GPU.")]
+
+
+@bench.command()
+def layer(
+    tokens: Annotated[int, typer.Option(min=1)] = 2048,
+    hidden: Annotated[int, typer.Option(min=1)] = 1024,
+    ffn: Annotated[int, typer.Option(min=1)] = 2816,
+    experts: Annotated[int, typer.Option(min=1)] = 8,
+    top_k: Annotated[int, typer.Option(min=1)] = 2,
+    dims: Annotated[str, typer.Option(help="Adapter widths, with commas.")] = "16,64,128,256,512",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    rounds: Annotated[int, typer.Option(min=1, help="The best round of each counts.")] = 5,
+) -> None:
+    """The bank of adapters against the frozen FFN, forward and backward, path by path."""
+    if top_k > experts:
+        raise RecipeError(f"--top-k is {top_k}, but there are {experts} experts: a token cannot use more than there are.")
+    widths = _whole_numbers(dims)
+    from pesc.bench.layer import LayerShape, measure_layer, render
+
+    shape = LayerShape(tokens, hidden, ffn, experts, top_k)
+    print(render(measure_layer(shape, widths, _dtype_named(dtype), _device_named(device), rounds)))
+
+
+@bench.command()
+def decode(
+    model: Annotated[
+        str, typer.Argument(help="A dense model's directory, or smollm2-135m, llama-2-7b, yi-34b with random weights.")
+    ] = "smollm2-135m",
+    experts: Annotated[int, typer.Option(min=1)] = 8,
+    top_k: Annotated[int, typer.Option(min=1)] = 2,
+    adapter_dim: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Dtype = "float32",
+    device: Device = "",
+    rounds: Annotated[int, typer.Option(min=1, help="The best round of each counts.")] = 5,
+) -> None:
+    """Greedy decoding at batch 1 of the sparse model against the dense one."""
+    from pesc.moe.config import PescConfig
+
+    try:
+        shape = PescConfig(experts, top_k, adapter_dim)
+    except ValueError as error:
+        raise RecipeError(f"{error}.") from None
+    from pesc.bench.decode import measure_decode, render
+
+    print(render(measure_decode(model, shape, _dtype_named(dtype), _device_named(device), rounds=rounds)))
+
+
+def _whole_numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RecipeError(f"--dims is {text!r}: write whole numbers above 0 with commas, such as 64,512.")
+    return [int(part) for part in parts]
+
+
+def _dtype_named(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise RecipeError(f"--dtype is {name!r}: choose float32 or bfloat16.")
+    return getattr(torch, name)
+
+
+def _device_named(name: str) -> str:
+    import torch
+
+    if name not in ("", "cpu", "cuda"):
+        raise RecipeError(f"--device is {name!r}: choose cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device is cuda, but torch sees no GPU on this machine: choose cpu.")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

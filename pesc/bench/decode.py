@@ -3,19 +3,20 @@
     pesc bench decode MODEL                   a dense or sparse directory
     pesc bench decode smollm2-135m            random weights of that shape
 
-Both models hold the same dense weights and decode the same tokens with a KV cache; the bank is filled, so that every adapter really adds something.
-Each step of the one is followed by the same step of the other, so that a slow moment of the machine meets both; the median over the steps counts.
+Both models hold the same dense weights and `generate` greedily with a KV cache; the bank is filled, so that every adapter really adds
+something.  They take turns, a short stretch each; the best stretch of each counts, since other work on the machine only adds.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from pesc.errors import ModelError
 from pesc.moe.config import PescConfig
@@ -59,49 +60,52 @@ class DecodeTimes:
 
 
 def measure_decode(
-    model: str, pesc: PescConfig, dtype: torch.dtype, device: str = "cpu", prompt_tokens: int = 32, new_tokens: int = 64
+    model: str, pesc: PescConfig, dtype: torch.dtype, device: str = "cpu", prompt_tokens: int = 128, new_tokens: int = 32, rounds: int = 5
 ) -> DecodeTimes:
     """Decode with both models in turn.  Raises ModelError for a model that is neither a shape nor a dense directory."""
-    dense, sparse = _make_pair(model, pesc, dtype, device)
-    prompt = torch.randint(0, dense.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    with torch.inference_mode():
-        runs = {"dense": _Decoder(dense, prompt), "sparse": _Decoder(sparse, prompt)}
-        token = runs["dense"].first
-        for _ in range(new_tokens):
-            following = {name: _timed_step(decoder, token, seconds[name], device) for name, decoder in runs.items()}
-            token = following["dense"]
-    rates = {name: 1 / statistics.median(values[4:]) for name, values in seconds.items()}
+    pair = dict(zip(("dense", "sparse"), _make_pair(model, pesc, dtype, device), strict=True))
+    prompt = torch.randint(0, pair["dense"].config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    rates: dict[str, list[float]] = {name: [] for name in pair}
+    for turn in range(rounds + 1):
+        for name, made in pair.items():
+            rate = _tokens_per_second(made, prompt, new_tokens, device)
+            if turn:  # the first warms up
+                rates[name].append(rate)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return DecodeTimes(
-        model, pesc.to_dict(), str(dtype).removeprefix("torch."), name, torch.get_num_threads(), prompt_tokens, new_tokens, rates["dense"],
-        rates["sparse"], _dispatch_of_one_token(pesc),
+        model, pesc.to_dict(), str(dtype).removeprefix("torch."), name, torch.get_num_threads(), prompt_tokens, new_tokens,
+        max(rates["dense"]), max(rates["sparse"]), _dispatch_of_one_token(pesc),
     )  # fmt: skip
 
 
-class _Decoder:
-    """A model with the KV cache of a prompt."""
-
-    def __init__(self, model: Any, prompt: torch.Tensor) -> None:
-        self._model = model
-        output = model(prompt, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
-        self.first = output.logits[:, -1].argmax(-1, keepdim=True)
-
-    def step(self, token: torch.Tensor) -> torch.Tensor:
-        output = self._model(token, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True)
+def _tokens_per_second(model: Any, prompt: torch.Tensor, new_tokens: int, device: str) -> float:
+    """Of the tokens after the first, whose time is the prompt's."""
+    clock = _Clock(device)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
+    with torch.inference_mode():
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=clock)
+    return (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
 
 
-def _timed_step(decoder: _Decoder, token: torch.Tensor, seconds: list[float], device: str) -> torch.Tensor:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    following = decoder.step(token)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - started)
-    return following
+class _Clock(BaseStreamer):
+    """Notes when each new token comes."""
+
+    def __init__(self, device: str) -> None:
+        self.times: list[float] = []
+        self._on_cuda = device.startswith("cuda")
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """A new token (the prompt comes first)."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing."""
 
 
 def _make_pair(model: str, pesc: PescConfig, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
@@ -118,13 +122,14 @@ def _make_pair(model: str, pesc: PescConfig, dtype: torch.dtype, device: str) ->
         fields = SHAPES[model]
         classes = architecture_of(fields)
         with torch.device(device):
-            dense = classes.dense_causal_lm(classes.dense_config.from_dict(fields)).to(dtype).eval()
+            dense: Any = classes.dense_causal_lm(classes.dense_config.from_dict(fields)).to(dtype).eval()
     else:
         fields = read_config(Path(model))
         if is_sparse(fields):
             raise ModelError(f"{model} is a sparse model: give its dense base; the adapters are added here.")
         classes = architecture_of(fields)
-        dense = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        dense = loaded.to(device).eval()
     with torch.device("meta"):
         sparse = classes.causal_lm(sparse_config(dense.config, pesc))
     sparse.load_state_dict(dense.state_dict(), strict=False, assign=True)
@@ -152,3 +157,18 @@ def _dispatch_of_one_token(pesc: PescConfig) -> str:
     from pesc.moe.tuning import export_choices
 
     return next((c["path"] for c in reversed(export_choices()) if c["tokens"] == 1 and not c["gradients"]), "auto")
+
+
+def render(times: DecodeTimes) -> str:
+    """One line a model."""
+    pesc = times.pesc
+    return "\n".join(
+        [
+            f"{times.model}, {times.dtype} on {times.device} with {times.threads} threads; greedy, batch 1, {times.new_tokens} tokens after "
+            f"{times.prompt_tokens}",
+            f"dense   {times.dense_tokens_per_second:>8.2f} tokens/s",
+            f"sparse  {times.sparse_tokens_per_second:>8.2f} tokens/s   E={pesc['num_experts']} K={pesc['top_k']} R={pesc['adapter_dim']}, "
+            f"dispatch {times.dispatch}",
+            f"ratio   {times.ratio:>8.3f}",
+        ]
+    )

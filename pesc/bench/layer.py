@@ -143,3 +143,18 @@ def _bank_inputs(shape: LayerShape, adapter_dim: int, dtype: torch.dtype, device
 def _bank_run(path: str, inputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
     leaves, cotangent = [tensor for tensor in inputs if tensor.requires_grad], torch.randn_like(inputs[0])
     return lambda: torch.autograd.grad(PATHS[path](*inputs), leaves, cotangent)
+
+
+def render(times: LayerTimes) -> str:
+    """The table, a row a path; * marks what `auto` takes."""
+    shape = times.shape
+    lines = [
+        f"T={shape.tokens} H={shape.hidden} F={shape.ffn} E={shape.experts} K={shape.top_k}, {times.dtype} on {times.device} with "
+        f"{times.threads} threads; frozen FFN, forward and backward: {times.ffn_seconds * 1e3:.1f} ms",
+        f"{'R':>5}  {'path':<11}{'bank ms':>9}{'of FFN':>8}{'efficiency':>12}{'x reference':>13}",
+    ]
+    for row in times.rows:
+        faster = times.row(row.adapter_dim, "reference").seconds / row.seconds
+        name = f"{row.path}{' *' if row.is_auto else ''}"
+        lines.append(f"{row.adapter_dim:>5}  {name:<11}{row.seconds * 1e3:>9.1f}{row.ratio:>8.3f}{row.efficiency:>12.2f}{faster:>13.2f}")
+    return "\n".join(lines)

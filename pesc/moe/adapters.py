@@ -22,8 +22,9 @@ class AdapterBank(nn.Module):
     With `shared_dim` there is one more adapter, `shared_down` and `shared_up` [shared_dim, H], which every token uses with weight 1.
     """
 
-    shared_down: nn.Parameter | None
-    shared_up: nn.Parameter | None
+    shared_down: nn.Parameter
+    shared_up: nn.Parameter
+    """Only with a `shared_dim`."""
 
     def __init__(
         self,
@@ -41,10 +42,12 @@ class AdapterBank(nn.Module):
         self.name = name
         self.seed = seed
         self.dispatch = dispatch
+        self.shared_dim = shared_dim
         self.down = nn.Parameter(torch.empty(num_experts, adapter_dim, hidden_size))
         self.up = nn.Parameter(torch.empty(num_experts, adapter_dim, hidden_size))
-        self.register_parameter("shared_down", nn.Parameter(torch.empty(shared_dim, hidden_size)) if shared_dim else None)
-        self.register_parameter("shared_up", nn.Parameter(torch.empty(shared_dim, hidden_size)) if shared_dim else None)
+        if shared_dim:
+            self.shared_down = nn.Parameter(torch.empty(shared_dim, hidden_size))
+            self.shared_up = nn.Parameter(torch.empty(shared_dim, hidden_size))
 
     @torch.no_grad()
     def reset_parameters(self, keep: Callable[[torch.Tensor], bool] = lambda _: False) -> None:
@@ -58,16 +61,20 @@ class AdapterBank(nn.Module):
 
         y_TH [..., H], index_TK and weight_TK [..., K] -> [..., H] in y's dtype; computed in the bank's dtype.
         """
-        hidden, top_k = y_TH.shape[-1], index_TK.shape[-1]
-        flat_TH = y_TH.reshape(-1, hidden).to(self.down.dtype)
-        gate_TK = weight_TK.reshape(-1, top_k) * self.scaling
-        delta_TH = run_adapters(flat_TH, self.down, self.up, index_TK.reshape(-1, top_k), gate_TK, mode=self.dispatch)
-        if self.shared_down is not None and self.shared_up is not None:
+        hidden, top_k, down_ERH = y_TH.shape[-1], index_TK.shape[-1], self.down
+        flat_TH = y_TH.reshape(-1, hidden)
+        if flat_TH.dtype != down_ERH.dtype:
+            flat_TH = flat_TH.to(down_ERH.dtype)
+        gate_TK = weight_TK.reshape(-1, top_k)
+        if self.scaling != 1:
+            gate_TK = gate_TK * self.scaling
+        delta_TH = run_adapters(flat_TH, down_ERH, self.up, index_TK.reshape(-1, top_k), gate_TK, mode=self.dispatch)
+        if self.shared_dim:
             shared_TR = nn.functional.gelu(nn.functional.linear(flat_TH, self.shared_down))
             delta_TH = delta_TH + self.scaling * (shared_TR @ self.shared_up)
         return delta_TH.to(y_TH.dtype).reshape(y_TH.shape)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        shared = f", shared={tuple(self.shared_down.shape)}" if self.shared_down is not None else ""
+        shared = f", shared_dim={self.shared_dim}" if self.shared_dim else ""
         return f"bank={tuple(self.down.shape)}{shared}, scaling={self.scaling}, dispatch={self.dispatch}"

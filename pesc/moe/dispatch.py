@@ -19,7 +19,7 @@ import torch
 
 from pesc.moe.paths import grouped_allowed, run_dense, run_gathered, run_grouped, run_reference
 from pesc.moe.segments import run_segments
-from pesc.moe.tuning import choose_measured
+from pesc.moe.tuning import choose_measured, find_choice
 
 DENSE_LIMIT = 1024
 """E·R up to which two plain GEMMs should cost less than sorting on CUDA: dense costs 2.6 % · R/64 of a 7B step, grouped 0.9 % · R/64 + 3.5 %."""
@@ -53,6 +53,10 @@ def run_adapters(
 
 def choose_path(y_TH: torch.Tensor, down_ERH: torch.Tensor, up_ERH: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor) -> str:
     """What `auto` means for these tensors."""
+    if torch.compiler.is_compiling():
+        return guess_path(down_ERH)
+    if known := find_choice(y_TH, down_ERH, index_TK):
+        return known
     if not y_TH.shape[0] or not _can_measure(y_TH):
         return guess_path(down_ERH)
     names = candidates(y_TH, down_ERH, index_TK)
@@ -88,6 +92,6 @@ def _obstacle(mode: str, y_TH: torch.Tensor, down_ERH: torch.Tensor) -> str:
 def _can_measure(y_TH: torch.Tensor) -> bool:
     """Whether work can be timed here: real tensors, eager, outside a CUDA graph."""
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if torch.compiler.is_compiling() or tracing or type(y_TH) is not torch.Tensor or y_TH.is_meta:
+    if tracing or type(y_TH) is not torch.Tensor or y_TH.is_meta:
         return False
     return not (y_TH.is_cuda and torch.cuda.is_current_stream_capturing())

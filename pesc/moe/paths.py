@@ -53,15 +53,36 @@ def run_dense(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
 
 
 def run_gathered(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
-    """Each token's own K adapters as one matrix [K·R, H].  Copies K·R·H values a token: for a handful of tokens."""
+    """Each token's own K adapters side by side as one matrix [K·R, H].  Copies K·R·H values a token: for a handful of tokens.
+
+    Decoding is made of few, small operations: GELU runs on transposed strides because oneDNN, which takes contiguous fp32 on the CPU, needs
+    longer to start than all the rest to run.
+    """
     tokens, top_k = index_TK.shape
     adapter_dim, hidden = down_ERH.shape[1:]
+    if tokens == 1 and top_k == 2 and y_TH.device.type == "cpu" and down_ERH.is_contiguous() and up_ERH.is_contiguous():
+        return _run_pair(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
     own_N = index_TK.reshape(-1)
     down_TNH = down_ERH.index_select(0, own_N).view(tokens, top_k * adapter_dim, hidden)
+    hidden_TRK = torch.bmm(down_TNH, y_TH.unsqueeze(2)).view(tokens, top_k, adapter_dim).transpose(1, 2)
+    gated_TKR = F.gelu(hidden_TRK).transpose(1, 2) * gate_TK.unsqueeze(2).to(y_TH.dtype)
     up_TNH = up_ERH.index_select(0, own_N).view(tokens, top_k * adapter_dim, hidden)
-    hidden_TN = F.gelu(torch.bmm(down_TNH, y_TH.unsqueeze(2)).squeeze(2))
-    gated_TKR = hidden_TN.view(tokens, top_k, adapter_dim) * gate_TK.unsqueeze(2).to(hidden_TN.dtype)
-    return torch.bmm(gated_TKR.view(tokens, 1, -1), up_TNH).squeeze(1)
+    return torch.bmm(gated_TKR.reshape(tokens, 1, -1), up_TNH).squeeze(1)
+
+
+def _run_pair(y_1H, down_ERH, up_ERH, index_12, gate_12):
+    """One token and two adapters, read where they are: any two rows of a bank are a view with a stride of its own.  [1, H]."""
+    (first, second), gate_2 = index_12[0].tolist(), gate_12[0]
+    if first > second:
+        first, second, gate_2 = second, first, gate_2.flip(0)
+    adapter_dim, hidden = down_ERH.shape[1:]
+    size = adapter_dim * hidden
+    shape, strides = (2, adapter_dim, hidden), ((second - first) * size, hidden, 1)
+    down_2RH = down_ERH.as_strided(shape, strides, down_ERH.storage_offset() + first * size)
+    up_2RH = up_ERH.as_strided(shape, strides, up_ERH.storage_offset() + first * size)
+    hidden_R2 = torch.bmm(y_1H.expand(2, 1, hidden), down_2RH.transpose(1, 2)).view(2, adapter_dim).T
+    gated_2R = F.gelu(hidden_R2).T * gate_2.unsqueeze(1).to(y_1H.dtype)
+    return torch.bmm(gated_2R.unsqueeze(1), up_2RH).sum(dim=0)
 
 
 def run_grouped(y_TH, down_ERH, up_ERH, index_TK, gate_TK):

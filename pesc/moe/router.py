@@ -25,8 +25,8 @@ def select_experts(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | N
     else:
         index_TK = (logits_TE.float() + bias_E).topk(top_k, dim=-1).indices
         top_TK = logits_TE.gather(-1, index_TK)
-    wide = torch.promote_types(top_TK.dtype, torch.float32)
-    return index_TK, top_TK.to(wide).softmax(dim=-1)
+    wide = torch.float64 if top_TK.dtype == torch.float64 else torch.float32
+    return index_TK, top_TK.softmax(dim=-1, dtype=wide)
 
 
 class Router(nn.Module):
@@ -65,7 +65,8 @@ class Router(nn.Module):
         """x_TH [..., H] (the FFN INPUT) -> logits_TE [..., E] in the weight's dtype."""
         if self.training and self.jitter:
             x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
-        return nn.functional.linear(x_TH.to(self.weight.dtype), self.weight)
+        weight = self.weight
+        return nn.functional.linear(x_TH if x_TH.dtype == weight.dtype else x_TH.to(weight.dtype), weight)
 
     @property
     def selection_bias(self) -> torch.Tensor | None:
@@ -74,7 +75,7 @@ class Router(nn.Module):
 
     def select(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`select_experts` with this router's K and bias."""
-        return select_experts(logits_TE, self.top_k, self.selection_bias)
+        return select_experts(logits_TE, self.top_k, self.selection_bias if self.bias_update_rate else None)
 
     @torch.no_grad()
     def update_bias(self, choices_E: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """`auto` by measurement: the candidates run once on the tensors at hand, the fastest is remembered.
 
-    choose_measured({"dense": run_dense, ...}, y, down, up, index, gate)    the name; measured at the first call for a key
+    find_choice(y, down, index)     the name, if it is known: the few microseconds that every later call costs
+    choose_measured({"dense": run_dense, ...}, y, down, up, index, gate)    measures
     export_choices()      what was chosen, as JSON: for manifests and checkpoints
     adopt_choices(list)   the choices of an earlier process: its continuation repeats them, so that every bit repeats
 
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
-_REPEATS = 3
+_REPEATS, _REPEATS_OF_SHORT_RUNS, _SHORT_SECONDS = 3, 12, 2e-3
 _HOPELESS = 3.0
 """A path that takes this many times the best one's time is not run again."""
+_EVICTING_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Written between two runs: in a model each layer finds its bank in memory, not in the cache where the last run left it."""
 
 Path = Callable[..., torch.Tensor]
 
@@ -51,6 +54,8 @@ class DispatchChoice:
 
 
 _choices: dict[DispatchKey, DispatchChoice] = {}
+_paths: dict[tuple, str] = {}
+"""The same choices by a tuple that is quick to make (see `_quick_key`)."""
 
 
 def export_choices() -> list[dict[str, Any]]:
@@ -70,6 +75,17 @@ def adopt_choices(exported: list[dict[str, Any]]) -> None:
 def forget_choices() -> None:
     """Measure everything anew."""
     _choices.clear()
+    _paths.clear()
+
+
+def find_choice(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor) -> str | None:
+    """The path that this process has taken for such tensors before."""
+    return _paths.get(_quick_key(y_TH, down_ERH, index_TK))
+
+
+def _quick_key(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor) -> tuple:
+    gradients = torch.is_grad_enabled() and (y_TH.requires_grad or down_ERH.requires_grad)
+    return (y_TH.device, down_ERH.dtype, down_ERH.shape, index_TK.shape[1], (y_TH.shape[0] - 1).bit_length(), gradients)
 
 
 def choose_measured(
@@ -81,16 +97,18 @@ def choose_measured(
     gate_TK: torch.Tensor,
 ) -> str:
     """The fastest candidate's name for tensors like these.  Measures, and logs, at the first call for a key."""
-    gradients = torch.is_grad_enabled() and (y_TH.requires_grad or down_ERH.requires_grad)
+    quick = _quick_key(y_TH, down_ERH, index_TK)
+    gradients = quick[-1]
     key = _key_of(y_TH, down_ERH, index_TK, gradients)
     choice = _choices.get(key)
     if choice is not None and choice.path in candidates:
+        _paths[quick] = choice.path
         return choice.path
     if len(candidates) == 1:
         return next(iter(candidates))
     tensors = [tensor.detach() for tensor in (y_TH, down_ERH, up_ERH, index_TK, gate_TK)]
     choice = DispatchChoice(key, *_in_own_thread(lambda: _measure(candidates, tensors, gradients), y_TH.device))
-    _choices[key] = choice
+    _choices[key], _paths[quick] = choice, choice.path
     times = ", ".join(f"{name} {ms:.3g}" for name, ms in choice.milliseconds.items())
     logger.info(
         "dispatch %s for %d experts of width %d, up to %d tokens in %s on %s%s (ms: %s)",
@@ -139,21 +157,24 @@ def _in_own_thread(work: Callable[[], Any], device: torch.device) -> Any:
 def _measure(candidates: Mapping[str, Path], tensors: list[torch.Tensor], gradients: bool) -> tuple[str, dict[str, float]]:
     """The fastest candidate, and the best of some runs of each in milliseconds."""
     best: dict[str, float] = {}
+    device = tensors[0].device
+    evict = torch.zeros(_EVICTING_BYTES.get(device.type, 0), dtype=torch.uint8, device=device)
     for name, path in candidates.items():
-        _time(path, tensors, gradients)  # warm up
-        best[name] = _time(path, tensors, gradients)
-        for _ in range(_REPEATS - 1):
+        _time(path, tensors, gradients, evict)  # warm up
+        best[name] = _time(path, tensors, gradients, evict)
+        for _ in range((_REPEATS if best[name] > _SHORT_SECONDS else _REPEATS_OF_SHORT_RUNS) - 1):
             if best[name] > _HOPELESS * min(best.values()):
                 break
-            best[name] = min(best[name], _time(path, tensors, gradients))
+            best[name] = min(best[name], _time(path, tensors, gradients, evict))
     return min(best, key=best.__getitem__), {name: round(seconds * 1e3, 4) for name, seconds in best.items()}
 
 
-def _time(path: Path, tensors: list[torch.Tensor], gradients: bool) -> float:
-    """Seconds of one run."""
+def _time(path: Path, tensors: list[torch.Tensor], gradients: bool, evict: torch.Tensor) -> float:
+    """Seconds of one run with cold caches."""
     y_TH, down_ERH, up_ERH, index_TK, gate_TK = tensors
     with torch.set_grad_enabled(gradients):
         leaves = [tensor.detach().requires_grad_(gradients) for tensor in (y_TH, down_ERH, up_ERH, gate_TK)]
+        evict.add_(1)
         _wait(y_TH.device)
         started = time.perf_counter()
         out_TH = path(*leaves[:3], index_TK, leaves[3])

@@ -46,7 +46,7 @@ def expected_output(mlp, x, adapters_read, bias=None):
         out = y[t].clone()
         for weight, e in zip(weights, chosen, strict=True):
             out += bank.scaling * weight * (F.gelu(bank.down[e] @ read[t]) @ bank.up[e])
-        if bank.shared_down is not None:
+        if bank.shared_dim:
             out += bank.scaling * (F.gelu(bank.shared_down @ read[t]) @ bank.shared_up)
         rows.append(out)
     return torch.stack(rows)

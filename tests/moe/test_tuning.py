@@ -15,6 +15,7 @@ from tests.moe.test_dispatch import make_case
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch):
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_paths", {})
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""`pesc bench` from the command line: small shapes give a table, wrong ones a sentence."""
+
+import subprocess
+import sys
+
+import pytest
+
+PESC = [sys.executable, "-m", "pesc.cli", "bench"]
+
+
+def run(*arguments):
+    return subprocess.run([*PESC, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_layer_and_decode_print_their_tables(tmp_path):
+    from tests.models.builders import save_dense
+
+    done = run(
+        "layer", "--tokens", "32", "--hidden", "32", "--ffn", "64", "--experts", "4", "--dims", "8,16", "--rounds", "1", "--device", "cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["8"] * 4 + ["16"] * 4
+    assert "efficiency" in done.stdout
+    done = run("decode", str(save_dense(tmp_path / "dense")), "--experts", "4", "--adapter-dim", "8", "--rounds", "1", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    assert "ratio" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("layer", "--top-k", "9"), "--top-k is 9, but there are 8 experts"),
+        (("layer", "--dims", "64,x"), "--dims is '64,x': write whole numbers"),
+        (("layer", "--dtype", "int8"), "--dtype is 'int8': choose float32 or bfloat16"),
+        (("decode", "--device", "tpu"), "--device is 'tpu': choose cpu or cuda"),
+        (("decode", "/nowhere"), "/nowhere has no config.json"),
+        (("decode", "--top-k", "9"), "pesc.top_k (9) is larger than pesc.num_experts (8)"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(arguments, sentence):
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
