@@ -91,7 +91,8 @@ class Recipe(StageConfig):
         if unknown := set(self.mix.dataset_weights) - set(self.dedup.datasets):
             raise ValueError(f"mix.dataset_weights names {min(unknown)!r}, which is not among dedup.datasets")
         for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
-            self.upcycle_of(arm), self.train_of(arm)
+            self.upcycle_of(arm)
+            self.train_of(arm)
         return self
 
     def upcycle_of(self, arm: str) -> UpcycleConfig:

@@ -122,7 +122,8 @@ def _make_pair(model: str, pesc: PescConfig, dtype: torch.dtype, device: str) ->
         fields = SHAPES[model]
         classes = architecture_of(fields)
         with torch.device(device):
-            dense: Any = classes.dense_causal_lm(classes.dense_config.from_dict(fields)).to(dtype).eval()
+            built: Any = classes.dense_causal_lm(classes.dense_config.from_dict(fields))
+            dense = built.to(dtype).eval()
     else:
         fields = read_config(Path(model))
         if is_sparse(fields):
