@@ -28,30 +28,44 @@ from torch import nn
 from pesc.moe.router import Router, select_experts
 
 
-def switch_loss(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+def switch_loss(
+    logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None, mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """E · Σ_i f_i · P_i of one layer, a scalar in fp32 (Fedus et al. 2022 eq. 4, PESC eq. 10 without α).
 
-    logits_TE [T, E] of the tokens that count.  f_i: share of the tokens that expert i is chosen for (Σ f = K); P_i: mean probability,
-    softmax over all experts.  Balanced routing gives K, all tokens on the same K experts up to E.  No tokens give 0.
-    bias_E: the selection's bias, if the router has one.
+    logits_TE [T, E].  f_i: share of the tokens that expert i is chosen for (Σ f = K); P_i: mean probability, softmax over all experts.
+    Balanced routing gives K, all tokens on the same K experts up to E.  No tokens give 0.
+    bias_E: the selection's bias, if the router has one.  mask_T [T], bool: the tokens that count; nothing here waits for the device.
     """
-    num_experts = logits_TE.shape[-1]
-    tokens = max(logits_TE.shape[0], 1)
-    share_E = count_choices(logits_TE, top_k, bias_E) / tokens
-    probability_E = logits_TE.float().softmax(dim=-1).sum(dim=0) / tokens
+    num_experts, tokens = logits_TE.shape[-1], _count_tokens(logits_TE, mask_T)
+    share_E = count_choices(logits_TE, top_k, bias_E, mask_T) / tokens
+    probability_E = _masked(logits_TE.float().softmax(dim=-1), mask_T).sum(dim=0) / tokens
     return num_experts * torch.dot(share_E, probability_E)
 
 
-def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
+def z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over the tokens of (log Σ_e exp z_e)², a scalar in fp32: keeps logits small (Zoph et al. 2022, eq. 5).  No tokens give 0."""
-    return logits_TE.float().logsumexp(dim=-1).square().sum() / max(logits_TE.shape[0], 1)
+    squares_T1 = logits_TE.float().logsumexp(dim=-1, keepdim=True).square()
+    return _masked(squares_T1, mask_T).sum() / _count_tokens(logits_TE, mask_T)
 
 
-def count_choices(logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+def count_choices(
+    logits_TE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None, mask_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """How many tokens choose each expert, [E] fp32, without a graph and without waiting for the device."""
     logits_TE = logits_TE.detach()
     index_TK, _ = select_experts(logits_TE, top_k, bias_E)
-    return torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, index_TK, 1.0).sum(dim=0)
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, index_TK, 1.0)
+    return _masked(chosen_TE, mask_T).sum(dim=0)
+
+
+def _masked(values_TE: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+    """Zero in the rows that do not count, whatever stands there (selecting the others would make the host wait for their number)."""
+    return values_TE if mask_T is None else torch.where(mask_T[:, None], values_TE, 0.0)
+
+
+def _count_tokens(logits_TE: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor | int:
+    return max(logits_TE.shape[0], 1) if mask_T is None else mask_T.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -124,30 +138,34 @@ class RouterRecorder:
         return record
 
     def counted(self, mask_BS: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Router's name -> logits [T, E] of the tokens whose mask is not 0 (without a mask: of all tokens).
+        """Router's name -> logits [T, E] of the tokens whose mask is not 0 (without a mask: of all).  With a mask it waits for the device.
 
         Raises RuntimeError when nothing was recorded, ValueError when the mask is not [B, S].
         """
+        return {name: logits_TE if mask_T is None else logits_TE[mask_T] for name, (logits_TE, mask_T) in self._recorded(mask_BS).items()}
+
+    def _recorded(self, mask_BS: torch.Tensor | None) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        """Router's name -> logits [T, E] of all tokens, and which of them count."""
         missing = [name for name in self.routers if name not in self.logits]
         if missing:
             raise RuntimeError(
                 f"no logits of {missing[0]} (and {len(missing) - 1} more): run the model inside `with RouterRecorder(model)`"
             )
-        return {name: _drop_padding(logits, mask_BS) for name, logits in self.logits.items()}
+        return {name: _flatten(logits, mask_BS) for name, logits in self.logits.items()}
 
     def balance_losses(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
         """`switch_loss` of every layer, [L] fp32 on the first router's device.
 
         Raises RuntimeError when gradients are wanted but the recorded logits carry none (reentrant checkpointing).
         """
-        counted = self.counted(mask_BS)
-        for name, logits in counted.items():
+        recorded = self._recorded(mask_BS)
+        for name, (logits, _) in recorded.items():
             if torch.is_grad_enabled() and self.routers[name].weight.requires_grad and not logits.requires_grad:
                 raise RuntimeError(
                     f"the logits of {name} have no gradient, so the balance loss would do nothing: "
                     "use gradient checkpointing with use_reentrant=False, and run the forward pass with gradients enabled"
                 )
-        losses = [self._of_router(switch_loss, name, logits) for name, logits in counted.items()]
+        losses = [switch_loss(logits, *self._selection(name), mask_T) for name, (logits, mask_T) in recorded.items()]
         return torch.stack([loss.to(losses[0].device) for loss in losses])
 
     def balance_loss(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,26 +174,28 @@ class RouterRecorder:
 
     def z_loss(self, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Σ over the layers of `z_loss`, a scalar on the first router's device."""
-        losses = [z_loss(logits) for logits in self.counted(mask_BS).values()]
+        losses = [z_loss(logits, mask_T) for logits, mask_T in self._recorded(mask_BS).values()]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     def choices(self, mask_BS: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Router's name -> how many tokens chose each of its experts, [E] fp32.  Does not wait for the device."""
-        return {name: self._of_router(count_choices, name, logits) for name, logits in self.counted(mask_BS).items()}
+        recorded = self._recorded(mask_BS)
+        return {name: count_choices(logits, *self._selection(name), mask_T) for name, (logits, mask_T) in recorded.items()}
 
-    def _of_router(self, function, name: str, logits: torch.Tensor):
+    def _selection(self, name: str) -> tuple[int, torch.Tensor | None]:
+        """K and the bias of a router."""
         router = self.routers[name]
-        return function(logits, router.top_k, router.selection_bias)
+        return router.top_k, router.selection_bias
 
     def statistics(self, mask_BS: torch.Tensor | None = None) -> dict[str, RoutingStatistics]:
         """Router's name -> what it did.  Waits for the device: call it when you log, not in every step."""
-        return {name: self._of_router(routing_statistics, name, logits) for name, logits in self.counted(mask_BS).items()}
+        return {name: routing_statistics(logits, *self._selection(name)) for name, logits in self.counted(mask_BS).items()}
 
 
-def _drop_padding(logits: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
+def _flatten(logits: torch.Tensor, mask_BS: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat_TE = logits.reshape(-1, logits.shape[-1])
     if mask_BS is None:
-        return flat_TE
+        return flat_TE, None
     if mask_BS.shape != logits.shape[:-1]:
         raise ValueError(f"the mask has shape {tuple(mask_BS.shape)}, the logits are of {tuple(logits.shape[:-1])} positions")
-    return flat_TE[mask_BS.reshape(-1).to(flat_TE.device).bool()]
+    return flat_TE, mask_BS.reshape(-1).to(flat_TE.device).bool()

@@ -118,6 +118,21 @@ def test_padding_changes_neither_loss_nor_statistics():
     assert not torch.equal(results[0][2], results[1][2])
 
 
+@pytest.mark.parametrize("padding", [0.0, 1e4, float("nan")], ids=["zeros", "large", "not a number"])
+def test_masked_losses_are_those_of_the_tokens_that_count_alone(padding):
+    logits, mask = torch.randn(9, EXPERTS, generator=torch.Generator().manual_seed(3)), torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 1]).bool()
+    padded = torch.where(mask[:, None], logits, padding).requires_grad_()
+    total = switch_loss(padded, TOP_K, None, mask) + z_loss(padded, mask)
+    alone = logits[mask].requires_grad_()
+    expected = switch_loss(alone, TOP_K) + z_loss(alone)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    if padding == padding:
+        (got,), (want,) = torch.autograd.grad(total, padded), torch.autograd.grad(expected, alone)
+        assert torch.allclose(got[mask], want, atol=1e-7)
+        assert not got[~mask].any()
+    assert torch.equal(count_choices(padded, TOP_K, None, mask), count_choices(alone, TOP_K))
+
+
 def test_a_mask_of_another_shape_is_refused():
     model = Stack()
     with RouterRecorder(model) as recorder:
