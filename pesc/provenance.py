@@ -88,7 +88,7 @@ def _cpu_field(*names: str) -> str:
     return ""
 
 
-_BFLOAT16_FLAGS = {"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "asimdhp"}
+_BFLOAT16_FLAGS = {"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}
 
 
 def slow_bfloat16_sentence(setting: str) -> str | None:
