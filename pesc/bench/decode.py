@@ -1,6 +1,6 @@
 """Greedy decoding at batch 1: the sparse model against the dense one it was made of, token by token in turn.
 
-    pesc bench decode MODEL                   a dense or sparse directory
+    pesc bench decode MODEL                   a dense model's directory
     pesc bench decode smollm2-135m            random weights of that shape
 
 Both models hold the same dense weights and `generate` greedily with a KV cache; the bank is filled, so that every adapter really adds

@@ -97,7 +97,7 @@ def measure_layer(
         inputs = _bank_inputs(shape, adapter_dim, dtype, device)
         y_TH, down_ERH, _, index_TK, _ = inputs
         chosen[adapter_dim] = choose_path(*inputs)
-        for path in ("reference", *candidates(y_TH, down_ERH, index_TK)):
+        for path in ("reference", *candidates(y_TH, down_ERH, index_TK, trained=True)):
             runs[adapter_dim, path] = _bank_run(path, inputs)
     best = time_in_turn(runs, rounds, device)
     ffn_seconds = best.pop((0, "ffn"))

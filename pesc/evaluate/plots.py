@@ -183,23 +183,26 @@ def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smoothed
 
 
-def plot_expert_load(load: Mapping[str, Any], num_experts: int) -> str:
-    """How even the routing was: layers x steps, the busiest expert's share times the number of experts (1: all equally busy)."""
+def plot_expert_load(load: Mapping[str, Any], experts: Mapping[int, int]) -> str:
+    """How even the routing was: layers x steps, the busiest expert's share times the layer's number of experts (1: all equally busy).
+
+    experts: layer -> number of its experts, of the sparse layers.
+    """
     steps, shares = load["steps"], load["max"]
     columns = _evenly(range(len(steps)), 120)
-    layers = len(shares[0])
-    values = [[shares[column][layer] * num_experts for column in columns] for layer in range(layers)]
+    names, layers = list(experts), len(shares[0])
+    values = [[shares[column][row] * experts[name] for column in columns] for row, name in enumerate(names)]
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(_WIDTH, min(5.0, 1.3 + 0.075 * layers)))
         axes = figure.add_subplot()
-        top = max(2.0, min(float(num_experts), max(max(row) for row in values)))
+        top = max(2.0, min(float(max(experts.values())), max(max(row) for row in values)))
         image = axes.imshow(
             values, cmap="viridis", vmin=1, vmax=top, aspect="auto", interpolation="none", extent=(0, len(columns), layers, 0)
         )
         ticks = range(0, len(columns), -(-len(columns) // 12))
         axes.set_xticks([tick + 0.5 for tick in ticks], [str(steps[columns[tick]]) for tick in ticks])
         rows = range(0, layers, -(-layers // 10))
-        axes.set_yticks([row + 0.5 for row in rows], [str(row) for row in rows])
+        axes.set_yticks([row + 0.5 for row in rows], [str(names[row]) for row in rows])
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes, label="load of the busiest expert\n(1 = all equal)", pad=0.02)

@@ -154,12 +154,18 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
     if runs:
         drawn["training"] = plots.plot_training(runs, colours)
     for arm, run in runs.items():
-        experts = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {}).get("num_experts")
-        if (load := run.expert_load) and experts:
-            drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts)
+        block = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {})
+        if (load := run.expert_load) and block.get("num_experts"):
+            drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts_by_layer(block, len(load["max"][0])))
     if results["funnel"]:
         drawn["data"] = plots.plot_data(results["funnel"])
     return drawn
+
+
+def experts_by_layer(block: Mapping[str, Any], sparse_layers: int) -> dict[int, int]:
+    """Layer -> number of its experts, of the layers that have some; block: the `pesc` block of config.json."""
+    counts = block.get("layer_experts") or [block["num_experts"]] * sparse_layers
+    return {layer: count for layer, count in enumerate(counts) if count}
 
 
 def choose_samples(

@@ -48,6 +48,12 @@ def upcycle(
     scaling: Annotated[float, typer.Option(help="Factor on the adapters' sum.")] = _DEFAULTS.scaling,
     seed: Annotated[int, typer.Option(help="Seed of the start values.")] = _DEFAULTS.seed,
     dtype: Annotated[str, typer.Option(help="Type of the added tensors: bfloat16 or float32.")] = _DEFAULTS.dtype,
+    dispatch: Annotated[str, typer.Option(help="How the adapters run: auto, dense, grouped, segments or reference.")] = _DEFAULTS.dispatch,
+    adapter_input: Annotated[str, typer.Option(help="What the adapters read: ffn_output or ffn_input.")] = _DEFAULTS.adapter_input,
+    layer_experts: Annotated[str | None, typer.Option(help="Adapters of each layer, with commas; 0 leaves a layer dense.")] = None,
+    shared_adapter_dim: Annotated[
+        int, typer.Option(help="Width of one more adapter that every token uses.")
+    ] = _DEFAULTS.shared_adapter_dim,
 ) -> None:
     """Make a dense model sparse.  Its weights are linked, not copied; at first both compute the same."""
     from pesc.console import progress_bar
@@ -56,13 +62,25 @@ def upcycle(
     from pesc.models.upcycle import read_config, upcycle_directory
 
     config = _upcycle_config(
-        {"num_experts": num_experts, "top_k": top_k, "adapter_dim": adapter_dim, "scaling": scaling, "seed": seed, "dtype": dtype}
+        {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "adapter_dim": adapter_dim,
+            "scaling": scaling,
+            "seed": seed,
+            "dtype": dtype,
+            "dispatch": dispatch,
+            "adapter_input": adapter_input,
+            "shared_adapter_dim": shared_adapter_dim,
+            "layer_experts": layer_experts.split(",") if layer_experts else None,
+        }
     )
     if is_published(read_config(model)):
         raise ModelError(f"{model} is a trained sparse model already: read it with `pesc import {model} --out {out}`.")
     with progress_bar("upcycle") as progress, new_directory(out) as building:
         counts = upcycle_directory(model, building, config, progress)
-    _print_model(counts, f"{top_k} of {num_experts} experts", out)
+    experts = f"{min(filter(None, config.layer_experts))} to {max(config.layer_experts)}" if config.layer_experts else str(num_experts)
+    _print_model(counts, f"{top_k} of {experts} experts", out)
 
 
 def _upcycle_config(values: Mapping[str, Any]) -> UpcycleConfig:

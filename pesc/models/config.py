@@ -36,6 +36,8 @@ class UpcycleConfig(StageConfig):
             raise ValueError(
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}); a token cannot use more experts than there are"
             )
+        if 1 in (self.layer_experts or (self.num_experts,)):
+            raise ValueError("one expert leaves the router nothing to choose, and no gradient: give a layer 0 experts, or at least 2")
         self.block()
         return self
 

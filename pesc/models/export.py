@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pesc.errors import ModelError
 from pesc.models.tensor_files import TensorDirectory, link_companions, link_file
-from pesc.models.upcycle import read_config, write_config
+from pesc.models.upcycle import check_complete, read_config, write_config
 
 if TYPE_CHECKING:
     from pesc.models.factory import Architecture
@@ -83,14 +83,20 @@ class $causal_lm(_SparseModelMixin, $dense_causal_lm):
 def export_remote_code(model_dir: Path, out_dir: Path) -> None:
     """Write the stand-alone form of the sparse model in `model_dir` to the empty `out_dir`.
 
-    Raises ModelError when the model is not sparse: a dense one needs no code.
+    Raises ModelError when the model is not sparse (a dense one needs no code), or when its tensors are not those that its config.json says.
     """
     from pesc.models.factory import architecture, is_sparse
+    from pesc.moe.config import PescConfig
 
     fields = read_config(model_dir)
     if not is_sparse(fields):
         raise ModelError(f"{model_dir} is a dense {fields.get('model_type')} model: it loads everywhere as it is, and needs no export.")
     classes = architecture(fields["model_type"])
+    try:
+        PescConfig.from_dict(fields.get("pesc") or {})
+    except ValueError as error:
+        raise ModelError(f"{model_dir / 'config.json'} cannot be used: {error}.") from None
+    check_complete(fields, TensorDirectory(model_dir).specs, model_dir)
     files = sorted({*TensorDirectory(model_dir).files.values(), *(path.name for path in model_dir.glob("*.safetensors.index.json"))})
     for name in files:
         link_file(model_dir / name, out_dir / name)

@@ -295,6 +295,8 @@ class _SparseModelMixin(_ModelBase):
 
 def _widen_layers(layers: Iterable[Any], config: PretrainedConfig, pesc: PescConfig) -> None:
     """Widen every layer.  Raises ModelError for one that this config has made into something else than the type's usual layer."""
+    if pesc.layer_experts is not None and len(pesc.layer_experts) != config.num_hidden_layers:
+        raise ModelError(f"pesc.layer_experts names {len(pesc.layer_experts)} layers, but the model has {config.num_hidden_layers}.")
     for index, layer in enumerate(layers):
         reason = _misfit(layer)
         if reason:

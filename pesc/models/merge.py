@@ -241,7 +241,7 @@ def _read_trained(path: Path, name: str) -> torch.Tensor:
     tensor = read_tensor(path, name)
     if not tensor.isfinite().all():
         raise ModelError(f"{path} has a value that is not a number in {name}: the training diverged; train again.")
-    if name.endswith("adapters.up") and not tensor.any():
+    if name.endswith(("adapters.up", "adapters.shared_up")) and not tensor.any():
         raise ModelError(f"{path} has {name} all zero: no adapter of this layer was trained; look for a frozen part in the training log.")
     return tensor
 

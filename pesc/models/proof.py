@@ -119,12 +119,11 @@ def _run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 def _run_recorded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     from pesc.moe.balance import RouterRecorder
-    from pesc.moe.router import select_experts
 
     with RouterRecorder(model) as recorder:
         result = {"logits": model(input_ids=ids, use_cache=False).logits[0]}
     for name, logits in recorder.counted().items():
-        index = select_experts(logits, recorder.routers[name].top_k)[0]
+        index = recorder.routers[name].select(logits)[0]
         result[name.removeprefix("base_model.model.")] = index.sort(dim=-1).values
     return result
 
@@ -139,6 +138,7 @@ def _compare_weights(reference: Any, merged_dir: Path, dtype: str) -> dict[str, 
         raise ModelError(
             f"The merged directory has {unknown[0]}, which the unmerged model does not have: this is a defect of the merge; report it."
         )
+    _compare_buffers(reference, written)
     worst = 0.0
     for name in sorted(set(written.files) & set(parameters)):
         expected, found = parameters[name], written.read(name).float()
@@ -152,6 +152,13 @@ def _compare_weights(reference: Any, merged_dir: Path, dtype: str) -> dict[str, 
             )
         worst = max(worst, ratio)
     return {"compared": len(set(written.files) & set(parameters)), "worst_share_of_tolerance": _digits(worst)}
+
+
+def _compare_buffers(reference: Any, written: TensorDirectory) -> None:
+    """What is counted and not rounded, such as the routers' biases: equal, or the merge is refused."""
+    for name, buffer in reference.named_buffers():
+        if name in written.files and not written.read(name).equal(buffer.to(written.read(name).dtype)):
+            raise ModelError(f"The merged {name} is not the trained one. The merge is refused; this is a defect of the merge: report it.")
 
 
 def _compare_logits(start: list, expected: list, merged: list, dtype: str) -> dict[str, Any]:

@@ -86,7 +86,15 @@ def _import_checked(model_dir: Path, out_dir: Path, config: UpcycleConfig, progr
             raise ModelError(
                 f"{model_dir} is a trained sparse model with {name} {found[name]}, not {getattr(config, name)}: set upcycle.{name}={found[name]}."
             )
+    plain = UpcycleConfig()
+    for name in ("adapter_input", "layer_experts", "shared_adapter_dim"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ModelError(
+                f"{model_dir} is a trained sparse model of the paper's kind: upcycle.{name} cannot be {getattr(config, name)}; leave it out."
+            )
     import_published(model_dir, out_dir, progress)
+    written = read_config(out_dir)
+    write_config(out_dir, written | {"pesc": written["pesc"] | {"dispatch": config.dispatch}})
     return count_directory(out_dir)
 
 
@@ -116,9 +124,12 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{model_dir} has no config.json: give the directory of a Hugging Face model.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}): download the model again.") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path} must hold a map of settings, not {type(fields).__name__}: download the model again.")
+    return fields
 
 
 def write_config(out_dir: Path, fields: dict[str, Any]) -> None:
@@ -212,6 +223,7 @@ def count_directory(sparse_dir: Path) -> dict[str, Any]:
     specs = TensorDirectory(sparse_dir).specs
     bank = {name: spec for name, spec in specs.items() if ".mlp.adapters." in name or ".mlp.router." in name}
     dense = {name: spec for name, spec in specs.items() if name not in bank}
+    bank = {name: spec for name, spec in bank.items() if not name.endswith(".bias_steps")}  # counted, not trained: no parameters
     return count_parameters(dense, bank, PescConfig.from_dict(read_config(sparse_dir)["pesc"]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pesc.moe.dispatch import run_adapters
+from pesc.moe.dispatch import autocasts, run_adapters
 from pesc.moe.initial import draw_initial
 
 
@@ -70,9 +70,14 @@ class AdapterBank(nn.Module):
             gate_TK = gate_TK * self.scaling
         delta_TH = run_adapters(flat_TH, down_ERH, self.up, index_TK.reshape(-1, top_k), gate_TK, mode=self.dispatch)
         if self.shared_dim:
-            shared_TR = nn.functional.gelu(nn.functional.linear(flat_TH, self.shared_down))
-            delta_TH = delta_TH + self.scaling * (shared_TR @ self.shared_up)
+            delta_TH = delta_TH + self.scaling * self._shared(flat_TH)
         return delta_TH.to(y_TH.dtype).reshape(y_TH.shape)
+
+    def _shared(self, y_TH: torch.Tensor) -> torch.Tensor:
+        if autocasts(y_TH):
+            with torch.autocast(y_TH.device.type, enabled=False):
+                return self._shared(y_TH)
+        return nn.functional.gelu(nn.functional.linear(y_TH, self.shared_down)) @ self.shared_up
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

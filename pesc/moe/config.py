@@ -57,6 +57,8 @@ class PescConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"pesc.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.layer_experts is not None:
+            if not isinstance(self.layer_experts, list | tuple):
+                raise ValueError(f"pesc.layer_experts must be a list of one number a layer, not {self.layer_experts!r}")
             object.__setattr__(self, "layer_experts", tuple(self.layer_experts))
             self._check_layers(self.layer_experts)
 

@@ -67,7 +67,7 @@ def run_gathered(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
     hidden_TRK = torch.bmm(down_TNH, y_TH.unsqueeze(2)).view(tokens, top_k, adapter_dim).transpose(1, 2)
     gated_TKR = F.gelu(hidden_TRK).transpose(1, 2) * gate_TK.unsqueeze(2).to(y_TH.dtype)
     up_TNH = up_ERH.index_select(0, own_N).view(tokens, top_k * adapter_dim, hidden)
-    return torch.bmm(gated_TKR.reshape(tokens, 1, -1), up_TNH).squeeze(1)
+    return torch.bmm(gated_TKR.reshape(tokens, 1, top_k * adapter_dim), up_TNH).squeeze(1)
 
 
 def _run_pair(y_1H, down_ERH, up_ERH, index_12, gate_12):

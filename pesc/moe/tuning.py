@@ -1,6 +1,6 @@
 """`auto` by measurement: the candidates run once on the tensors at hand, the fastest is remembered.
 
-    find_choice(y, down, index)     the name, if it is known: the few microseconds that every later call costs
+    find_choice(y, down, up, index, gate)    the name, if it is known: the few microseconds that every later call costs
     choose_measured({"dense": run_dense, ...}, y, down, up, index, gate)    measures
     export_choices()      what was chosen, as JSON: for manifests and checkpoints
     adopt_choices(list)   the choices of an earlier process: its continuation repeats them, so that every bit repeats
@@ -12,6 +12,7 @@ thread, so the measurement runs in a thread of its own, on detached tensors; it 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,7 @@ class DispatchChoice:
     milliseconds: dict[str, float]
 
 
+_lock = threading.Lock()
 _choices: dict[DispatchKey, DispatchChoice] = {}
 _paths: dict[tuple, str] = {}
 """The same choices by a tuple that is quick to make (see `_quick_key`)."""
@@ -60,7 +62,9 @@ _paths: dict[tuple, str] = {}
 
 def export_choices() -> list[dict[str, Any]]:
     """All choices of this process as JSON, in the order in which they were made."""
-    return [{**asdict(choice.key), "path": choice.path, "milliseconds": dict(choice.milliseconds)} for choice in _choices.values()]
+    with _lock:
+        made = list(_choices.values())
+    return [{**asdict(choice.key), "path": choice.path, "milliseconds": dict(choice.milliseconds)} for choice in made]
 
 
 def adopt_choices(exported: list[dict[str, Any]]) -> None:
@@ -78,14 +82,25 @@ def forget_choices() -> None:
     _paths.clear()
 
 
-def find_choice(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor) -> str | None:
+def find_choice(
+    y_TH: torch.Tensor, down_ERH: torch.Tensor, up_ERH: torch.Tensor, index_TK: torch.Tensor, gate_TK: torch.Tensor
+) -> str | None:
     """The path that this process has taken for such tensors before."""
-    return _paths.get(_quick_key(y_TH, down_ERH, index_TK))
+    return _paths.get(_quick_key(y_TH, down_ERH, index_TK, is_trained(y_TH, down_ERH, up_ERH, gate_TK)))
 
 
-def _quick_key(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor) -> tuple:
-    gradients = torch.is_grad_enabled() and (y_TH.requires_grad or down_ERH.requires_grad)
-    return (y_TH.device, down_ERH.dtype, down_ERH.shape, index_TK.shape[1], (y_TH.shape[0] - 1).bit_length(), gradients)
+def is_trained(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are wanted of any of them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def tokens_up_to(tokens: int) -> int:
+    """The end of the range that shares a choice: the next power of two."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+def _quick_key(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor, trained: bool) -> tuple:
+    return (y_TH.device, down_ERH.dtype, down_ERH.shape, index_TK.shape[1], max(0, y_TH.shape[0] - 1).bit_length(), trained)
 
 
 def choose_measured(
@@ -96,20 +111,24 @@ def choose_measured(
     index_TK: torch.Tensor,
     gate_TK: torch.Tensor,
 ) -> str:
-    """The fastest candidate's name for tensors like these.  Measures, and logs, at the first call for a key."""
-    quick = _quick_key(y_TH, down_ERH, index_TK)
-    gradients = quick[-1]
-    key = _key_of(y_TH, down_ERH, index_TK, gradients)
-    choice = _choices.get(key)
-    if choice is not None and choice.path in candidates:
-        _paths[quick] = choice.path
-        return choice.path
+    """The fastest candidate's name for tensors like these.  Measures, and logs, at the first call for a key; threads wait for one another."""
     if len(candidates) == 1:
         return next(iter(candidates))
-    tensors = [tensor.detach() for tensor in (y_TH, down_ERH, up_ERH, index_TK, gate_TK)]
-    choice = DispatchChoice(key, *_in_own_thread(lambda: _measure(candidates, tensors, gradients), y_TH.device))
-    _choices[key], _paths[quick] = choice, choice.path
-    times = ", ".join(f"{name} {ms:.3g}" for name, ms in choice.milliseconds.items())
+    trained = is_trained(y_TH, down_ERH, up_ERH, gate_TK)
+    key, quick = _key_of(y_TH, down_ERH, index_TK, trained), _quick_key(y_TH, down_ERH, index_TK, trained)
+    with _lock:
+        choice = _choices.get(key)
+        if choice is None or choice.path not in candidates:
+            tensors = [tensor.detach() for tensor in (y_TH, down_ERH, up_ERH, index_TK, gate_TK)]
+            choice = DispatchChoice(key, *_in_own_thread(lambda: _measure(candidates, tensors, trained), y_TH.device))
+            _choices[key] = choice
+            _log(choice)
+        _paths[quick] = choice.path
+    return choice.path
+
+
+def _log(choice: DispatchChoice) -> None:
+    key, times = choice.key, ", ".join(f"{name} {ms:.3g}" for name, ms in choice.milliseconds.items())
     logger.info(
         "dispatch %s for %d experts of width %d, up to %d tokens in %s on %s%s (ms: %s)",
         choice.path,
@@ -118,16 +137,15 @@ def choose_measured(
         key.tokens,
         key.dtype,
         key.device,
-        ", with gradients" if gradients else "",
+        ", with gradients" if key.gradients else "",
         times,
     )
-    return choice.path
 
 
 def _key_of(y_TH: torch.Tensor, down_ERH: torch.Tensor, index_TK: torch.Tensor, gradients: bool) -> DispatchKey:
     num_experts, adapter_dim, hidden = down_ERH.shape
     device = torch.cuda.get_device_name(y_TH.device) if y_TH.is_cuda else y_TH.device.type
-    tokens = 1 << max(0, y_TH.shape[0] - 1).bit_length()
+    tokens = tokens_up_to(y_TH.shape[0])
     dtype = str(down_ERH.dtype).removeprefix("torch.")
     return DispatchKey(device, dtype, num_experts, index_TK.shape[1], adapter_dim, hidden, tokens, gradients)
 
@@ -155,18 +173,33 @@ def _in_own_thread(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def _measure(candidates: Mapping[str, Path], tensors: list[torch.Tensor], gradients: bool) -> tuple[str, dict[str, float]]:
-    """The fastest candidate, and the best of some runs of each in milliseconds."""
+    """The fastest candidate, and the best of some runs of each in milliseconds.
+
+    One that has no room is left out (its time is infinite); raises its error when none has.
+    """
     best: dict[str, float] = {}
-    device = tensors[0].device
+    device, lacking = tensors[0].device, None
     evict = torch.zeros(_EVICTING_BYTES.get(device.type, 0), dtype=torch.uint8, device=device)
     for name, path in candidates.items():
-        _time(path, tensors, gradients, evict)  # warm up
-        best[name] = _time(path, tensors, gradients, evict)
-        for _ in range((_REPEATS if best[name] > _SHORT_SECONDS else _REPEATS_OF_SHORT_RUNS) - 1):
-            if best[name] > _HOPELESS * min(best.values()):
-                break
-            best[name] = min(best[name], _time(path, tensors, gradients, evict))
-    return min(best, key=best.__getitem__), {name: round(seconds * 1e3, 4) for name, seconds in best.items()}
+        try:
+            best[name] = _best_time(path, tensors, gradients, evict, min(best.values(), default=math.inf))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            best[name], lacking = math.inf, error
+    fastest = min(best, key=best.__getitem__)
+    if lacking is not None and best[fastest] == math.inf:
+        raise lacking
+    return fastest, {name: round(seconds * 1e3, 4) for name, seconds in best.items() if seconds < math.inf}
+
+
+def _best_time(path: Path, tensors: list[torch.Tensor], gradients: bool, evict: torch.Tensor, fastest: float) -> float:
+    """Seconds of the best run; a path that is hopeless beside the `fastest` is not run again."""
+    _time(path, tensors, gradients, evict)  # warm up
+    best = _time(path, tensors, gradients, evict)
+    for _ in range((_REPEATS if best > _SHORT_SECONDS else _REPEATS_OF_SHORT_RUNS) - 1):
+        if best > _HOPELESS * fastest:
+            break
+        best = min(best, _time(path, tensors, gradients, evict))
+    return best
 
 
 def _time(path: Path, tensors: list[torch.Tensor], gradients: bool, evict: torch.Tensor) -> float:

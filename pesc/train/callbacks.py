@@ -112,7 +112,7 @@ def summarize_load(choices: Sequence[Sequence[float]]) -> dict[str, list]:
     summary: dict[str, list] = {"max": [], "min": [], "entropy": [], "dead": []}
     for counts in choices:
         shares = [count / max(1.0, sum(counts)) for count in counts]
-        entropy = -sum(share * math.log(share) for share in shares if share) / max(math.log(len(counts)), 1e-9)
+        entropy = -sum(share * math.log(share) for share in shares if share) / math.log(len(counts)) if len(counts) > 1 else 1.0
         summary["max"].append(round(max(shares), 4))
         summary["min"].append(round(min(shares), 4))
         summary["entropy"].append(round(entropy, 4))

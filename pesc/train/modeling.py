@@ -104,6 +104,12 @@ def _read_config(model_dir: Path, config: TrainConfig) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
     if config.balance.kind == "bias" and getattr(read, "pesc", None):
+        before = read.pesc.get("bias_update_rate") or config.balance.bias_update_rate
+        if before != config.balance.bias_update_rate:
+            raise ModelError(
+                f"{model_dir} was balanced in steps of {before}, which train.balance.bias_update_rate={config.balance.bias_update_rate} would "
+                f"rescale: set it to {before}."
+            )
         read.pesc = {**read.pesc, "bias_update_rate": config.balance.bias_update_rate}
     return read
 

@@ -2,7 +2,7 @@
 
     adapter/adapter_config.json, adapter_model.safetensors   loads with peft.PeftModel.from_pretrained
     bank.safetensors                                         sparse models: model.layers.{l}.mlp.{adapters.down, adapters.up, router.weight},
-                                                             with balance.kind bias router.bias_steps
+                                                             and, where the model has them, adapters.shared_{down,up}, router.bias_steps
     training.json                                            settings, what was trained, facts that do not depend on time or place
     history.jsonl                                            one line an optimizer step
 

@@ -212,3 +212,19 @@ def test_numbers_are_written_for_reading():
     assert tables.format_p(0.0004) == "< 0.001"
     assert (tables.format_p(0.0312), tables.format_p(None), tables.format_signed(-1.26)) == ("0.031", "–", "−1.3")
     assert tables.markdown_table(["a"], [["x|y\nz"]]).splitlines()[2] == "| x\\|y z |"
+
+
+def test_each_layers_load_is_measured_by_its_own_experts():
+    from pesc.evaluate.report import experts_by_layer
+
+    assert experts_by_layer({"num_experts": 8}, 3) == {0: 8, 1: 8, 2: 8}
+    assert experts_by_layer({"num_experts": 8, "layer_experts": [4, 0, 16]}, 2) == {0: 4, 2: 16}
+
+
+def test_the_routing_plot_of_even_layers_of_any_size_is_all_ones(monkeypatch):
+    from pesc.evaluate import plots
+
+    seen = {}
+    monkeypatch.setattr(plots.Figure, "colorbar", lambda self, image, **_: seen.update(values=image.get_array().tolist()))
+    plots.plot_expert_load({"steps": [1, 2], "max": [[0.25, 1 / 16]] * 2}, {0: 4, 2: 16})
+    assert seen["values"] == [[1.0, 1.0], [1.0, 1.0]]

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import pesc.models
+from pesc.errors import ModelError
 from pesc.models import merge
 from pesc.models.config import MergeConfig
+from pesc.models.proof import prove, read_prompts
 from pesc.stage import StageContext
 from tests.models.builders import PROJECTIONS, save_blocks, save_dense, save_sparse
 from tests.train import tiny
@@ -43,5 +46,15 @@ def test_a_real_run_merges(tmp_path, arm, base, balance):
     assert not any(loading.values()), loading
     if balance == "bias":
         assert merged.config.pesc["bias_update_rate"] == 0.001
-        assert all(layer.mlp.router.bias_steps.any() for layer in merged.model.layers)
+        trained = load_file(context.out / "bank.safetensors")
+        for index, layer in enumerate(merged.model.layers):
+            assert torch.equal(layer.mlp.router.bias_steps, trained[f"model.layers.{index}.mlp.router.bias_steps"])
+            assert layer.mlp.router.bias_steps.any()
+        with torch.no_grad():
+            for layer in merged.model.layers:
+                layer.mlp.router.bias_steps.zero_()
+        merged.save_pretrained(tmp_path / "spoilt")
+        parts = merge.read_parts(model, context.out, settings)
+        with pytest.raises(ModelError, match=r"The merged .*router\.bias_steps is not the trained one"):
+            prove(parts, tmp_path / "spoilt", read_prompts(blocks, 2), settings)
     assert merged.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] <= 5

@@ -60,5 +60,37 @@ def test_one_number_a_layer_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"layer_experts": (4, 1)}, {"layer_experts": (0, 0)}, {"dispatch": "fast"}, {"adapter_input": "x"}])
 def test_settings_that_cannot_be_are_refused_before_anything_is_read(fields):
-    with pytest.raises(ValidationError, match=next(iter(fields))):
+    with pytest.raises(ValidationError, match=next(iter(fields)) if fields != {"layer_experts": (4, 1)} else "nothing to choose"):
         UpcycleConfig(**SHAPE, **fields)
+
+
+def test_one_expert_is_refused_since_its_router_could_never_learn():
+    with pytest.raises(ValidationError, match="one expert leaves the router nothing to choose"):
+        UpcycleConfig(num_experts=1, top_k=1)
+    with pytest.raises(ValidationError, match="one expert leaves the router nothing to choose"):
+        UpcycleConfig(num_experts=4, top_k=1, layer_experts=(4, 1))
+
+
+def test_a_model_with_another_number_of_layers_is_refused_when_it_is_built():
+    from pesc.models.factory import architecture, sparse_config
+    from pesc.moe.config import PescConfig
+    from tests.models.builders import dense_config
+
+    with pytest.raises(ModelError, match="layer_experts names 3 layers, but the model has 2"):
+        architecture("llama").causal_lm(sparse_config(dense_config(), PescConfig(4, 2, 8, layer_experts=(4, 4, 4))))
+
+
+def test_a_sparse_directory_whose_block_lies_is_not_exported(tmp_path):
+    from pesc.models.export import export_remote_code
+
+    sparse = save_sparse(save_dense(tmp_path / "dense"), tmp_path / "sparse")
+    (tmp_path / "out").mkdir()
+    fields = json.loads((sparse / "config.json").read_text())
+    for block, message in (
+        ({"num_experts": 5}, r"router\.weight as \[4, 32\], but config\.json says \[5, 32\]"),
+        ({"colour": "red"}, "unknown fields: colour"),
+    ):
+        (sparse / "config.json").write_text(json.dumps(fields | {"pesc": fields["pesc"] | block}))
+        with pytest.raises(ModelError, match=message):
+            export_remote_code(sparse, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

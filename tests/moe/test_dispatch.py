@@ -133,7 +133,7 @@ def test_gradcheck_of_the_differentiable_modes():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_frozen_gets_no_gradient_and_costs_none(mode):
+def test_what_is_frozen_gets_no_gradient(mode):
     y, down, up, index, weight = make_case(9, 4, 2, 8, 16)
     up.requires_grad_()
     run_adapters(y, down, up, index, weight, mode=mode).sum().backward()
@@ -164,11 +164,13 @@ def test_the_guess_compiles_and_needs_no_measuring():
 def test_auto_measures_only_what_can_run():
     few, many = torch.empty(7, 2, dtype=torch.int64), torch.empty(700, 2, dtype=torch.int64)
     bank = torch.empty(8, 16, 64)
-    assert candidates(torch.empty(7, 64), bank, few) == ["dense", "grouped", "segments", "gathered"]
-    assert candidates(torch.empty(700, 64), bank, many) == ["dense", "grouped", "segments"]
-    assert candidates(torch.empty(7, 64), bank.double(), few) == ["dense", "segments", "gathered"]
-    assert candidates(torch.empty(7, 64, requires_grad=True), bank, few) == ["dense", "grouped", "segments"]
-    assert candidates(torch.empty(700, 64, device="meta"), bank.to("meta"), many.to("meta")) == ["dense", "grouped"]
+    assert candidates(torch.empty(7, 64), bank, few, trained=False) == ["dense", "grouped", "segments", "gathered"]
+    assert candidates(torch.empty(700, 64), bank, many, trained=False) == ["dense", "grouped", "segments"]
+    assert candidates(torch.empty(7, 64), bank.double(), few, trained=False) == ["dense", "segments", "gathered"]
+    assert candidates(torch.empty(7, 64), bank, few, trained=True) == ["dense", "grouped", "segments"]
+    assert candidates(torch.empty(700, 64, device="meta"), bank.to("meta"), many.to("meta"), trained=False) == ["dense", "grouped"]
+    widest = [candidates(torch.empty(t, 64), bank, torch.empty(t, 3, dtype=torch.int64), trained=False) for t in (17, 32)]
+    assert widest[0] == widest[1], "one range of tokens, one set of candidates"
     assert "reference" in PATHS
 
 
@@ -200,6 +202,28 @@ def test_a_pinned_mode_that_cannot_run_is_refused():
     case[1].requires_grad_()
     with pytest.raises(ValueError, match="no deterministic gradient"):
         run_adapters(*case, mode="gathered")
+
+
+def test_segments_pinned_on_a_cpu_run_as_another_path_elsewhere():
+    """The pin is in config.json; the model may be loaded on a GPU."""
+    with torch.device("meta"):
+        y, bank = torch.empty(5, 16), torch.empty(4, 8, 16)
+        out = run_adapters(y, bank, bank, torch.empty(5, 2, dtype=torch.int64), torch.empty(5, 2), mode="segments")
+    assert out.shape == (5, 16)
+
+
+@pytest.mark.parametrize("mode", ["reference", *MODES])
+def test_autocast_changes_no_path(mode):
+    case = make_case(24, 4, 2, 8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run_adapters(*case, mode=mode)
+    assert torch.equal(out, run_adapters(*case, mode=mode))
+
+
+@pytest.mark.parametrize("mode", ["auto", "gathered"])
+def test_no_tokens_are_no_special_case(mode):
+    run_adapters(*make_case(2, 4, 2, 8, 16), mode=mode)
+    assert run_adapters(*make_case(0, 4, 2, 8, 16), mode=mode).shape == (0, 16)
 
 
 def test_topk_then_softmax_equals_softmax_renormalised():

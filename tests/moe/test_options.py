@@ -103,6 +103,7 @@ def test_layers_have_their_own_number_of_experts_and_none_leaves_one_dense():
         ({"layer_experts": [4, 1]}, r"layer_experts\[1\] is 1, fewer than pesc\.top_k"),
         ({"layer_experts": [0, 0]}, "leaves every layer dense"),
         ({"layer_experts": [4, 2.5]}, r"layer_experts\[1\] must be a whole number"),
+        ({"layer_experts": 5}, "layer_experts must be a list of one number a layer, not 5"),
         ({"adapter_input": "both"}, "adapter_input must be one of ffn_output, ffn_input"),
         ({"shared_adapter_dim": -1}, "shared_adapter_dim must be a whole number of at least 0"),
         ({"bias_update_rate": float("inf")}, "bias_update_rate must be a number of at least 0"),

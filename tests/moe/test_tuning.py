@@ -74,6 +74,7 @@ def test_gradients_are_another_choice_and_measured_with_their_backward_pass(call
 def test_measuring_does_not_depend_on_the_mode_of_the_caller(mode):
     with mode():
         case = make_case(64, 4, 2, 8, 16)
+        case[1].requires_grad_(mode is torch.enable_grad)
         assert torch.allclose(run_adapters(*case), run_adapters(*case, mode="reference"), atol=1e-5)
 
 
@@ -99,13 +100,72 @@ def test_measuring_uses_the_callers_number_of_threads(monkeypatch):
     assert seen == [1]
 
 
-def test_what_fails_while_measured_fails_in_the_caller(monkeypatch):
+def test_a_path_without_room_is_left_out_and_only_all_of_them_are_an_error(monkeypatch):
+    def lacking(*_):
+        raise torch.OutOfMemoryError("no memory for this")
+
+    case = make_case(64, 4, 2, 8, 16)
+    monkeypatch.setattr(dispatch, "PATHS", PATHS | {"dense": lacking})
+    assert torch.allclose(run_adapters(*case), run_adapters(*case, mode="reference"), atol=1e-5)
+    assert "dense" not in tuning.export_choices()[0]["milliseconds"]
+    tuning.forget_choices()
+    monkeypatch.setattr(dispatch, "PATHS", dict.fromkeys(PATHS, lacking))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for this"):
+        run_adapters(*case)
+
+
+def test_any_other_error_while_measured_is_the_callers(monkeypatch):
     def broken(*_):
-        raise RuntimeError("no memory for this")
+        raise RuntimeError("a defect")
 
     monkeypatch.setattr(dispatch, "PATHS", PATHS | {"dense": broken})
-    with pytest.raises(RuntimeError, match="no memory for this"):
+    with pytest.raises(RuntimeError, match="a defect"):
         run_adapters(*make_case(64, 4, 2, 8, 16))
+
+
+def test_threads_with_one_key_measure_once(calls):
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = make_case(64, 4, 2, 8, 16)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run_adapters(*case), range(4)))
+    assert sum(name == "dense" for name, *_ in calls) <= 2 + tuning._REPEATS  # one warm-up, one measurement
+    assert len(tuning.export_choices()) == 1
+
+
+def test_nothing_is_measured_inside_a_backward_pass():
+    """Reentrant checkpointing recomputes there: on CUDA a measurement would wait for the thread that waits for it."""
+    y, down, up, index, weight = make_case(64, 4, 2, 8, 16)
+    leaves = [tensor.requires_grad_() for tensor in (y, down, up, weight)]
+    out = checkpoint(lambda y: run_adapters(y, *leaves[1:3], index, leaves[3]), y, use_reentrant=True)
+    before = tuning.export_choices()
+    out.sum().backward()
+    assert tuning.export_choices() == before
+    assert all(leaf.grad.any() for leaf in leaves)
+
+
+def test_known_choices_do_not_reach_into_traces_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    y, down, up, index, weight = make_case(2, 4, 2, 8, 16)
+    run_adapters(y, down, up, index, weight)
+    traced = torch.jit.trace(lambda y, index, weight: run_adapters(y, down, up, index, weight), (y, index, weight))
+    other = make_case(2, 4, 2, 8, 16, seed=9)
+    expected = run_adapters(other[0], down, up, *other[3:], mode="reference")
+    assert torch.allclose(traced(other[0], *other[3:]), expected, atol=1e-5)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in (y, down, up, index, weight)]
+        assert run_adapters(*fake).shape == (2, 16)
+
+
+def test_a_gate_that_alone_wants_a_gradient_is_training():
+    y, down, up, index, weight = make_case(2, 4, 2, 8, 16)
+    run_adapters(y, down, up, index, weight)
+    out = run_adapters(y, down, up, index, weight.requires_grad_())
+    assert [choice["gradients"] for choice in tuning.export_choices()] == [False, True]
+    assert "gathered" not in tuning.export_choices()[1]["milliseconds"]
+    out.sum().backward()
+    assert weight.grad.any()
 
 
 def test_a_continuation_takes_the_choices_of_before(calls):
