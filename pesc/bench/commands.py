@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,10 +49,11 @@ def layer(
     if top_k > experts:
         raise RecipeError(f"--top-k is {top_k}, but there are {experts} experts: a token cannot use more than there are.")
     widths = _whole_numbers(dims)
+    from pesc.bench.device import device_named, dtype_named
     from pesc.bench.layer import LayerShape, measure_layer, render
 
     shape = LayerShape(tokens, hidden, ffn, experts, top_k)
-    print(render(measure_layer(shape, widths, _dtype_named(dtype), _device_named(device), rounds)))
+    print(render(measure_layer(shape, widths, dtype_named(dtype), device_named(device), rounds)))
 
 
 @bench.command()
@@ -75,8 +76,9 @@ def decode(
     except ValueError as error:
         raise RecipeError(f"{error}.") from None
     from pesc.bench.decode import measure_decode, render
+    from pesc.bench.device import device_named, dtype_named
 
-    print(render(measure_decode(model, shape, _dtype_named(dtype), _device_named(device), rounds=rounds)))
+    print(render(measure_decode(model, shape, dtype_named(dtype), device_named(device), rounds=rounds)))
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -84,21 +86,3 @@ def _whole_numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(f"--dims is {text!r}: write whole numbers above 0 with commas, such as 64,512.")
     return [int(part) for part in parts]
-
-
-def _dtype_named(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise RecipeError(f"--dtype is {name!r}: choose float32 or bfloat16.")
-    return getattr(torch, name)
-
-
-def _device_named(name: str) -> str:
-    import torch
-
-    if name not in ("", "cpu", "cuda"):
-        raise RecipeError(f"--device is {name!r}: choose cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device is cuda, but torch sees no GPU on this machine: choose cpu.")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
