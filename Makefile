@@ -3,6 +3,7 @@
 #   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
 #   make test    the tests that need no GPU, no hub, and less than 12 minutes
 #   make test-all  the slow ones as well
+#   make benchmark  the bars of speed, on a machine that does nothing else
 #   make check   style, types, import rules
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STORE  ?= store
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all benchmark check clean
 
 install: $(VENV)/.installed
 
@@ -28,10 +29,13 @@ demo: install
 	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m flows.pipeline demo
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not benchmark'
 
 test-all: install
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not benchmark'
+
+benchmark: install
+	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks
 
 check: install
 	$(BIN)/ruff format --check .

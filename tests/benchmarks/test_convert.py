@@ -6,7 +6,7 @@ from pesc.bench.convert import MAX_MEMORY_SPREAD, MAX_RATIO, Shape, make_dense, 
 from pesc.errors import PescError
 from pesc.models.tensor_files import TensorDirectory
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.benchmark
 
 
 def shape(name, hidden, layers, adapter_dim):

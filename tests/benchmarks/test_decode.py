@@ -7,7 +7,7 @@ from pesc.bench.decode import measure_decode, render
 from pesc.moe.config import PescConfig
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_decoding_smollm2_reaches_nine_tenths_of_the_dense_model():
     """The best of three runs: what disturbs a run only makes one of the two slower."""
     runs = []

@@ -5,7 +5,7 @@ import torch
 
 from pesc.bench.layer import LayerShape, measure_layer, render
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.benchmark
 WIDTHS = (16, 64, 512)
 
 
