@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pesc.errors import CancelledError, ModelError
+from pesc.store.store import sync_path
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         yield building
         _sync_tree(building)
         os.rename(building, place)  # over an empty directory, if there is one
-        _sync(place.parent)
+        sync_path(place.parent)
     except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
         for directory in reversed(made):
@@ -71,13 +72,5 @@ def _sentence(error: OSError, out: Path) -> str:
 
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(path)
+    sync_path(directory)

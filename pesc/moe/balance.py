@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pesc.moe.router import Router, select_experts
+from pesc.moe.router import find_routers, select_experts
 
 
 def switch_loss(
@@ -108,7 +108,7 @@ class RouterRecorder:
     """
 
     def __init__(self, model: nn.Module):
-        self.routers: dict[str, Router] = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        self.routers = find_routers(model)
         if not self.routers:
             raise ValueError("this model has no router: it is dense, and there is no routing to record")
         self.logits: dict[str, torch.Tensor] = {}

@@ -3,8 +3,8 @@
 T tokens, H hidden, E experts, K active experts, R adapter width.
 
     auto   the fastest here, measured once for each (device, dtype, bank, tokens up to the next power of two, with or without gradients);
-           while compiling, tracing or capturing a CUDA graph, where nothing can be measured, `guess_path`.
-    other  the path of that name, pinned.
+           where nothing can be measured (compiling, tracing, capturing a CUDA graph, inside a backward pass) `guess_path`.
+    other  the path of that name, pinned; `segments` off the CPU is `guess_path` too, since the pin travels in config.json.
 
 Contract
 - Gradients reach y, down, up and the gate weights.  All paths give one result up to rounding.

@@ -91,3 +91,8 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"weight={tuple(self.weight.shape)}, top_k={self.top_k}"
+
+
+def find_routers(model: nn.Module) -> dict[str, Router]:
+    """Router modules of a model by name, in layer order; empty for a dense one."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}

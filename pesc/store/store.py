@@ -103,14 +103,14 @@ class Store:
         if not target.is_dir():
             for path in list_files(tree):
                 path.chmod(0o444)
-                _sync(path)
+                sync_path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 tree.rename(target)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _sync(target.parent)
+            sync_path(target.parent)
         elif digest_tree(target)[0] != digest:  # a damaged object must not be taken for the new one
             self._replace(tree, target)
         else:
@@ -153,10 +153,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

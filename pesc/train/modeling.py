@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import pesc.models
 from pesc.errors import ModelError
 from pesc.moe.layer import sparse_parameters
-from pesc.moe.router import Router
+from pesc.moe.router import find_routers
 from pesc.train.config import TrainConfig
 from pesc.train.order import derive_seed
 
@@ -56,7 +56,7 @@ def load_trainable(model_dir: Path, config: TrainConfig, device: str, checkpoint
     dtype = getattr(torch, config.compute_dtype)
     for _, parameter in sparse_parameters(model):
         parameter.requires_grad_(True)
-    for module in routers(model).values():
+    for module in find_routers(model).values():
         module.jitter = config.balance.jitter
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -164,14 +164,9 @@ def _check_targets(model: nn.Module, config: TrainConfig, model_dir: Path) -> No
         )
 
 
-def routers(model: nn.Module) -> dict[str, Router]:
-    """Router modules by name, in layer order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-
-
 def selection_biases(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of the routers' biases: trained by counting, not by gradients."""
-    return ((f"{name}.bias_steps", router.bias_steps) for name, router in routers(model).items() if router.bias_steps is not None)
+    return ((f"{name}.bias_steps", router.bias_steps) for name, router in find_routers(model).items() if router.bias_steps is not None)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
