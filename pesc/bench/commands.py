@@ -66,7 +66,7 @@ def decode(
     adapter_dim: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Dtype = "float32",
     device: Device = "",
-    rounds: Annotated[int, typer.Option(min=1, help="The best round of each counts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Stretches of each; the median token counts.")] = 5,
 ) -> None:
     """Greedy decoding at batch 1 of the sparse model against the dense one."""
     from pesc.moe.config import PescConfig

@@ -4,14 +4,16 @@
     pesc bench decode smollm2-135m            random weights of that shape
 
 Both models hold the same dense weights and `generate` greedily with a KV cache; the bank is filled, so that every adapter really adds
-something.  They take turns, a short stretch each; the best stretch of each counts, since other work on the machine only adds.
+something.  They take turns, a short stretch each; the median time of a token counts, which other work on the machine hardly moves.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -65,26 +67,26 @@ def measure_decode(
     """Decode with both models in turn.  Raises ModelError for a model that is neither a shape nor a dense directory."""
     pair = dict(zip(("dense", "sparse"), _make_pair(model, pesc, dtype, device), strict=True))
     prompt = torch.randint(0, pair["dense"].config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    rates: dict[str, list[float]] = {name: [] for name in pair}
+    seconds: dict[str, list[float]] = {name: [] for name in pair}
     for turn in range(rounds + 1):
         for name, made in pair.items():
-            rate = _tokens_per_second(made, prompt, new_tokens, device)
+            stretch = _token_seconds(made, prompt, new_tokens, device)
             if turn:  # the first warms up
-                rates[name].append(rate)
+                seconds[name].extend(stretch)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return DecodeTimes(
         model, pesc.to_dict(), str(dtype).removeprefix("torch."), name, torch.get_num_threads(), prompt_tokens, new_tokens,
-        max(rates["dense"]), max(rates["sparse"]), _dispatch_of_one_token(pesc),
+        1 / median(seconds["dense"]), 1 / median(seconds["sparse"]), _dispatch_of_one_token(pesc),
     )  # fmt: skip
 
 
-def _tokens_per_second(model: Any, prompt: torch.Tensor, new_tokens: int, device: str) -> float:
-    """Of the tokens after the first, whose time is the prompt's."""
+def _token_seconds(model: Any, prompt: torch.Tensor, new_tokens: int, device: str) -> list[float]:
+    """The time of each token after the first, whose time is the prompt's."""
     clock = _Clock(device)
     settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
     with torch.inference_mode():
         model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=clock)
-    return (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
+    return [after - before for before, after in pairwise(clock.times)]
 
 
 class _Clock(BaseStreamer):

@@ -71,7 +71,9 @@ class AdapterBank(nn.Module):
         delta_TH = run_adapters(flat_TH, down_ERH, self.up, index_TK.reshape(-1, top_k), gate_TK, mode=self.dispatch)
         if self.shared_dim:
             delta_TH = delta_TH + self.scaling * self._shared(flat_TH)
-        return delta_TH.to(y_TH.dtype).reshape(y_TH.shape)
+        if delta_TH.dtype != y_TH.dtype:
+            delta_TH = delta_TH.to(y_TH.dtype)
+        return delta_TH.reshape(y_TH.shape)
 
     def _shared(self, y_TH: torch.Tensor) -> torch.Tensor:
         if autocasts(y_TH):

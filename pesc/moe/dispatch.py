@@ -50,10 +50,11 @@ def run_adapters(
         mode = guess_path(down_ERH)  # the pin travels in config.json, and the model was pinned on a CPU
     elif reason := _obstacle(mode, down_ERH, is_trained(y_TH, down_ERH, up_ERH, gate_TK)):
         raise ValueError(f"dispatch {mode!r} cannot run a bank of shape {tuple(down_ERH.shape)} in {down_ERH.dtype}: {reason}")
+    run = PATHS[mode]
     if autocasts(y_TH):  # in the bank's dtype, whichever path
         with torch.autocast(y_TH.device.type, enabled=False):
-            return PATHS[mode](y_TH, down_ERH, up_ERH, index_TK, gate_TK)
-    return PATHS[mode](y_TH, down_ERH, up_ERH, index_TK, gate_TK)
+            return run(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
+    return run(y_TH, down_ERH, up_ERH, index_TK, gate_TK)
 
 
 def autocasts(y_TH: torch.Tensor) -> bool:

@@ -72,17 +72,17 @@ def run_gathered(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
 
 def _run_pair(y_1H, down_ERH, up_ERH, index_12, gate_12):
     """One token and two adapters, read where they are: any two rows of a bank are a view with a stride of its own.  [1, H]."""
-    (first, second), gate_2 = index_12[0].tolist(), gate_12[0]
-    if first > second:
-        first, second, gate_2 = second, first, gate_2.flip(0)
+    first, second = index_12.tolist()[0]
     adapter_dim, hidden = down_ERH.shape[1:]
     size = adapter_dim * hidden
-    shape, strides = (2, adapter_dim, hidden), ((second - first) * size, hidden, 1)
-    down_2RH = down_ERH.as_strided(shape, strides, down_ERH.storage_offset() + first * size)
-    up_2RH = up_ERH.as_strided(shape, strides, up_ERH.storage_offset() + first * size)
-    hidden_R2 = torch.bmm(y_1H.expand(2, 1, hidden), down_2RH.transpose(1, 2)).view(2, adapter_dim).T
-    gated_2R = F.gelu(hidden_R2).T * gate_2.unsqueeze(1).to(y_1H.dtype)
-    return torch.bmm(gated_2R.unsqueeze(1), up_2RH).sum(dim=0)
+    if first > second:
+        first, second, gate_12 = second, first, gate_12.flip(1)
+    jump = (second - first) * size
+    down_2HR = down_ERH.as_strided((2, hidden, adapter_dim), (jump, 1, hidden), down_ERH.storage_offset() + first * size)
+    up_2RH = up_ERH.as_strided((2, adapter_dim, hidden), (jump, hidden, 1), up_ERH.storage_offset() + first * size)
+    hidden_R12 = torch.bmm(y_1H.expand(2, 1, hidden), down_2HR).transpose(0, 2)
+    out_21H = torch.bmm(F.gelu(hidden_R12).transpose(0, 2), up_2RH)
+    return gate_12.to(y_1H.dtype).mm(out_21H.view(2, hidden))
 
 
 def run_grouped(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
