@@ -13,7 +13,7 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,9 +70,20 @@ class BuildResult:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def map_here(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """The plainest `StageContext.map_shards`: one after the other, in this process."""
+    return map(function, items)
+
+
 @dataclass(frozen=True)
 class StageContext:
-    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory."""
+    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory.
+
+    `map_shards(function, items)` gives function(item) for each item, in the order of the items, from as many workers as the execution
+    block says, on this machine or a cluster that shares its file system.  The function is a module-level one (or a `functools.partial` of
+    one); it, the items and the results are pickled, so they carry paths and counts, not rows.  Shards are cut by the input alone,
+    never by the number of workers: the bytes must not depend on it.
+    """
 
     address: str
     config: Any
@@ -81,6 +92,7 @@ class StageContext:
     work: Path
     execution: Execution = field(default_factory=Execution)
     on_progress: Callable[[Progress], None] = lambda _progress: None
+    map_shards: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map_here
 
     def progress(self, done: float, total: float, unit: str = "steps", message: str = "", **fields: float) -> None:
         """Report progress; cheap enough to call for every unit."""
