@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pesc.stage import StageConfig
 
@@ -44,16 +44,54 @@ class DatasetConfig(StageConfig):
     domain: str = Field(description="Quota group of the mixture: general, code, math …")
     stratify_by: str | None = Field(default=None, description="Field whose values keep their proportions when the set is sampled down.")
     max_rows: int | None = Field(default=None, gt=0, description="Read at most this many rows (from the start).")
+    group_by: str | None = Field(
+        default=None, description="Field that names what a row was made from, e.g. MetaMathQA's original_question; read with max_per_group."
+    )
+    max_per_group: int | None = Field(default=None, gt=0, description="Keep at most this many rows of one group. Default: all of them.")
+    filters: dict[str, Any] = Field(default_factory=dict, description="Overrides of dedup.filters for this data set alone.")
+
+    @model_validator(mode="after")
+    def _groups_have_a_field(self) -> DatasetConfig:
+        if (self.group_by is None) != (self.max_per_group is None):
+            raise ValueError(
+                "group_by and max_per_group go together: the field that names a row's group, and how many rows of one are kept"
+            )
+        return self
 
 
 class FilterConfig(StageConfig):
-    """Which rows are thrown out for what they are.  Every removal is in the ledger with its reason."""
+    """Which rows are thrown out for what they are.  Every removal is in the ledger with its reason.
+
+    A check of answers looks at every assistant turn; one bad turn removes the row.
+    """
 
     min_answer_chars: int = Field(default=1, ge=0, description="Shortest answer kept, in characters after stripping.")
     max_chars: int = Field(default=100_000, gt=0, description="Longest row kept, in characters over all turns.")
-    drop_refusals: bool = Field(default=True, description="Drop answers that refuse or speak of themselves as a language model.")
+    min_tokens: int = Field(default=0, ge=0, description="Shortest row kept, in estimated tokens over all turns. 0: no bound.")
+    max_tokens: int | None = Field(
+        default=None, gt=0, description="Longest row kept, in estimated tokens over all turns. Default: no bound."
+    )
+    drop_empty_answers: bool = Field(default=True, description="Drop answers of dots, dashes or marks alone, and <nooutput>.")
+    drop_bad_encoding: bool = Field(default=True, description="Drop answers with UTF-8 read as Windows-1252, U+FFFD or control characters.")
+    drop_foreign_script: bool = Field(
+        default=True, description="Drop answers in a script that no other turn is in, unless a turn asks for a language."
+    )
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description="ISO 639-1 codes; drop long answers that are surely in another language. Empty: all. Needs pip install 'pesc[language]'.",
+    )
+    drop_refusals: bool = Field(default=True, description="Drop answers that open with a refusal.")
+    drop_self_references: bool = Field(
+        default=True, description="Drop answers that speak of themselves as a language model, its vendor or its training, unasked."
+    )
     drop_ngram_loops: bool = Field(default=True, description="Drop answers that repeat one n-gram over and over.")
+    drop_truncated: bool = Field(default=True, description="Drop answers that stop within a sentence, a formula or a piece of code.")
     drop_unclosed_code: bool = Field(default=True, description="Drop answers with an unclosed code fence.")
+    drop_broken_python: bool = Field(default=False, description="Drop answers with a fenced Python block that does not parse.")
+    drop_python2: bool = Field(default=False, description="Drop answers with a fenced block of Python 2.")
+    drop_math_disagreements: bool = Field(
+        default=False, description="Drop answers whose boxed, #### and 'The answer is' values are not the same."
+    )
     drop_copied_prompt: bool = Field(default=True, description="Drop answers that equal their prompt.")
     max_malformed_share: float = Field(
         default=0.01, ge=0, le=1, description="A larger share of rows that are not conversations fails the stage."
@@ -86,6 +124,32 @@ class DedupConfig(StageConfig):
     contamination_coverage: float = Field(
         default=0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed."
     )
+
+    @model_validator(mode="after")
+    def _overrides_are_filters(self) -> DedupConfig:
+        for name in self.datasets:
+            filters_of(self, name)
+        return self
+
+
+def filters_of(config: DedupConfig, dataset: str) -> FilterConfig:
+    """The filters of one data set: `config.filters` with the data set's own overrides.
+
+    Raises ValueError naming the data set and the setting.
+    """
+    changes = config.datasets[dataset].filters
+    if not changes:
+        return config.filters
+    try:
+        return FilterConfig.model_validate({**config.filters.model_dump(), **changes})
+    except ValidationError as error:
+        raise ValueError("; ".join(_override_error(dataset, item) for item in error.errors())) from None
+
+
+def _override_error(dataset: str, item: Any) -> str:
+    field = ".".join(map(str, item["loc"]))
+    problem = "there is no such setting" if item["type"] == "extra_forbidden" else f"{item['msg']} (got {item['input']!r})"
+    return f"datasets.{dataset}.filters.{field}: {problem}"
 
 
 class MixConfig(StageConfig):

@@ -1,0 +1,106 @@
+"""Answers whose code is broken: a fence that is not closed, Python that does not parse, Python 2."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+_PYTHON = re.compile(r"(?:python|py|python3|python 3)\b", re.IGNORECASE)
+MAX_BLOCK = 20_000
+"""Characters of the longest block that is parsed."""
+MIN_LINES = 3
+"""Shorter blocks are fragments: a signature, a branch, a command."""
+_NOT_A_PROGRAM = re.compile(
+    r"^\s*(?:>>>|\.\.\. |\$ |[%!]\w|In \[\d|#!/bin|pip3? install |python3? \S+\.py|(?:pip|conda|sudo|cd|git) \w|[-+]\s*(?:def|class|import) |@@ |Traceback \(|File \"|\d+\. [A-Z])"
+    r"|^\s*(?:elif|else|except|finally|case)\b(?=[^\n]*:)(?<!\n)|…|\.\.\.\s*(?:\n|$)|<[a-z_]+(?: [a-z_]+)*>|\{\{|\{%|^\s*(?:Output|Input|Example|Note|Explanation)\b[^\n=]*:?\s*$",
+    re.MULTILINE,
+)
+"""Signs of sessions, shells, diffs, templates, outlines and placeholders: not meant to parse."""
+_PYTHON2 = re.compile(
+    r"^[^#\n\"']*\bprint +(?:[\"'\w%]|>>)(?![^\n]*=)[^\n]*$|^\s*except\s+[\w.]+\s*,\s*\w+\s*:|^\s*exec +[\"'\w]|^\s*raise +[\w.]+\s*,|[\w)] *<> *[\w(]"
+    r"|\bur[\"']|\b0[0-7]+\b(?=[,)\s])|\b\d+L\b",
+    re.MULTILINE,
+)
+
+
+def has_unclosed_code(answer: str) -> bool:
+    """Whether a code fence is opened and not closed (CommonMark: a closing fence is bare and at least as long)."""
+    fence = ""
+    for mark, rest in _FENCE.findall(answer):
+        if not fence:
+            fence = mark
+        elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
+            fence = ""
+    return bool(fence)
+
+
+def has_broken_python(answer: str) -> bool:
+    """Whether a fenced Python block of three lines or more, meant to run as it stands, does not parse.
+
+    Passed over are sessions (`>>>`), shell lines, diffs, templates, outlines and ellipses, blocks that begin within a statement,
+    bodies that hold a comment alone ("your code here"), Python 2, and blocks of over 20,000 characters.
+    """
+    return any(_verdict(block) == "broken" for block in _python_blocks(answer))
+
+
+def has_python2(answer: str) -> bool:
+    """Whether a fenced Python block is Python 2: it does not parse, and holds a print statement, `except X, e` or the like."""
+    return any(_verdict(block) == "python2" for block in _python_blocks(answer))
+
+
+def _python_blocks(answer: str) -> Iterator[str]:
+    """Contents of the closed fences marked as Python."""
+    if "```" not in answer and "~~~" not in answer:
+        return
+    fence, start, is_python = "", 0, False
+    for match in _FENCE.finditer(answer):
+        mark, rest = match.groups()
+        if not fence:
+            fence, start, is_python = mark, match.end() + 1, bool(_PYTHON.match(rest.strip()))
+        elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
+            if is_python:
+                yield answer[start : match.start()]
+            fence = ""
+
+
+def _verdict(block: str) -> str:
+    """parses, broken, python2, or unknown."""
+    if len(block) > MAX_BLOCK or block.strip().count("\n") < MIN_LINES - 1:
+        return "unknown"
+    problem = _syntax_error(block)
+    if problem is None or _syntax_error(textwrap.dedent(block)) is None:
+        return "parses"
+    if _PYTHON2.search(block):
+        return "python2"
+    if _NOT_A_PROGRAM.search(block) or _is_placeholder(block, problem) or (problem.msg or "").startswith("f-string"):
+        return "unknown"
+    return "broken"
+
+
+def _syntax_error(code: str) -> SyntaxError | None:
+    """Why a text is not Python, or None: it parses, or the parser gave up for its size or depth."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ast.parse(code)
+        except SyntaxError as error:
+            return None if "too many" in (error.msg or "") else error
+        except ValueError as error:  # NUL characters
+            return SyntaxError(str(error))
+        except (RecursionError, MemoryError):
+            return None
+    return None
+
+
+def _is_placeholder(block: str, error: SyntaxError) -> bool:
+    """Whether the error is a body that holds comments alone."""
+    if "expected an indented block" not in (error.msg or "") or error.lineno is None:
+        return False
+    before = block.split("\n")[: error.lineno - 1]
+    while before and not before[-1].strip():
+        before.pop()
+    return bool(before) and before[-1].lstrip().startswith("#")

@@ -1,0 +1,117 @@
+"""Answers whose characters are wrong: bytes read in another encoding, control characters, a script or language nobody asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from pesc.errors import DataError
+
+_CONTROLS = bytes([*range(9), 11, *range(14, 32), 127])
+"""C0 controls and DEL, without tab, line feed, form feed and carriage return."""
+_C1_OR_REPLACEMENT = re.compile("[\x80-\x84\x86-\x9f\ufffd]")
+_NOT_ASCII = re.compile("[\x80-\U0010ffff]{2,}")
+
+_SCRIPTS = {
+    "Cyrillic": "\u0400-\u052f",
+    "Hebrew": "\u0590-\u05ff",
+    "Arabic": "\u0600-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc",
+    "Indic": "\u0900-\u0dff",
+    "Thai, Lao": "\u0e00-\u0eff",
+    "Georgian": "\u10a0-\u10ff",
+    "Hangul": "\u1100-\u11ff\uac00-\ud7af",
+    "Han, Kana": "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff",
+}
+_SCRIPT_LETTERS = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
+_NOT_LATIN = re.compile(f"[{''.join(_SCRIPTS.values())}]")
+_LATIN = re.compile("[A-Za-z\xc0-\u024f]")
+_MIN_LETTERS = 20
+_ASKS_FOR_LANGUAGE = re.compile(
+    r"translat|tradu[cz]|übersetz|vertaal|language|dialect|alphabet|script|character|hieroglyph|letters|unicode|utf|emoji|transliterat"
+    r"|multilingual|bilingual|foreign|native|lyrics|poem|haiku|anime|manga"
+    r"|\b(?:arabic|armenian|bengali|bulgarian|cantonese|chinese|farsi|georgian|greek|gujarati|hebrew|hindi|japan|kannada|kazakh|korea"
+    r"|kyrgyz|malayalam|mandarin|marathi|mongol|nepal|pashto|persian|punjabi|russia|sanskrit|serbian|sinhala|slavic|tajik|tamil|telugu"
+    r"|thai|tibetan|ukrain|urdu|uyghur|yiddish|macedonian|belarus|china|india|iran|israel|kanji|kana|hiragana|katakana|hangul|cyrillic)",
+    re.IGNORECASE,
+)
+
+_MIN_LANGUAGE_LETTERS = 200
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DOTALL)
+
+
+def has_bad_encoding(answer: str) -> bool:
+    """Whether an answer holds UTF-8 that was read as Windows-1252 ("cafÃ©", "itâ€™s"), U+FFFD, or control characters.
+
+    A run of characters beyond ASCII counts when its Windows-1252 bytes are UTF-8 for fewer characters: no word of any language is.
+    """
+    if answer.isascii():
+        encoded = answer.encode("ascii")
+        return len(encoded.translate(None, _CONTROLS)) != len(encoded)
+    encoded = answer.encode("utf-8", "replace")
+    if len(encoded.translate(None, _CONTROLS)) != len(encoded):
+        return True
+    return any(map(_is_mojibake, _NOT_ASCII.findall(answer))) or bool(_C1_OR_REPLACEMENT.search(answer))
+
+
+def _is_mojibake(run: str) -> bool:
+    """Whether these characters are UTF-8 bytes shown one by one."""
+    shown = [_as_byte(char) for char in run]
+    for start, byte in enumerate(shown):
+        length = 0 if byte is None else 2 if 0xC2 <= byte < 0xE0 else 3 if 0xE0 <= byte < 0xF0 else 4 if 0xF0 <= byte < 0xF5 else 0
+        rest = shown[start + 1 : start + length]
+        if length and len(rest) == length - 1 and all(other is not None and 0x80 <= other < 0xC0 for other in rest):
+            return True
+    return False
+
+
+def _as_byte(char: str) -> int | None:
+    """The Windows-1252 byte of a character; the five bytes without one stand for the control character of that number."""
+    if ord(char) < 256:
+        return ord(char)
+    try:
+        return char.encode("cp1252")[0]
+    except UnicodeEncodeError:
+        return None
+
+
+def has_foreign_script(answer: str, others: str) -> bool:
+    """Whether most letters of an answer (20 or more) are of one script that is nowhere in `others`, and `others` ask for no language.
+
+    Latin and Greek letters are never foreign: names and formulae are written in them everywhere.
+    """
+    if len(_NOT_LATIN.findall(answer)) < _MIN_LETTERS:
+        return False
+    counts = {name: len(letters.findall(answer)) for name, letters in _SCRIPT_LETTERS.items()}
+    script = max(counts, key=lambda name: counts[name])
+    if counts[script] < max(_MIN_LETTERS, 0.5 * (sum(counts.values()) + len(_LATIN.findall(answer)))):
+        return False
+    return not _SCRIPT_LETTERS[script].search(others) and not _ASKS_FOR_LANGUAGE.search(others)
+
+
+def is_other_language(answer: str, languages: Sequence[str]) -> bool:
+    """Whether an answer is surely in a language other than these (ISO 639-1 codes), by CLD2.
+
+    Code, formulae and links are left out; an answer with fewer than 200 characters besides them, or one that CLD2 is not sure of, is kept.
+    Raises DataError when the package `pycld2` is not installed.
+    """
+    text = _CODE.sub(" ", answer)
+    if sum(map(str.isalpha, text)) < _MIN_LANGUAGE_LETTERS and len(text) < 4 * _MIN_LANGUAGE_LETTERS:
+        return False
+    cld2 = _cld2()
+    try:
+        sure, _, found = cld2.detect(text)
+    except cld2.error:  # characters it does not take
+        return False
+    code = found[0][1].split("-")[0]
+    return bool(sure) and code != "un" and code not in languages
+
+
+@cache
+def _cld2() -> Any:
+    try:
+        import pycld2
+    except ImportError:
+        raise DataError("The setting filters.languages needs the package pycld2: pip install 'pesc[language]', or leave it out.") from None
+    return pycld2
