@@ -16,7 +16,7 @@ Pitfalls
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,42 +46,84 @@ __all__ = [
 ]
 
 
+class _Row(NamedTuple):
+    """A conversation with what nearly every filter looks at."""
+
+    conversation: Conversation
+    answers: list[str]
+
+
 class _Filter(NamedTuple):
     """One reason: when it is on, and which rows it throws out."""
 
     reason: str
     is_on: Callable[[FilterConfig], object]
-    is_bad: Callable[[Conversation, FilterConfig], bool]
+    is_bad: Callable[[_Row, FilterConfig], bool]
 
 
-def _any_answer(check: Callable[[str], bool]) -> Callable[[Conversation, FilterConfig], bool]:
+def _any_answer(check: Callable[[str], bool]) -> Callable[[_Row, FilterConfig], bool]:
     """A check of one answer, as a check of a row."""
-    return lambda row, _: any(map(check, _answers(row)))
+
+    def is_bad(row: _Row, _: FilterConfig) -> bool:
+        return any(map(check, row.answers))
+
+    return is_bad
 
 
-def _any_turn(check: Callable[[str, str], bool]) -> Callable[[Conversation, FilterConfig], bool]:
-    """A check of (what the user asked, answer), as a check of a row."""
-    return lambda row, _: any(check(asked, answer) for asked, answer in _exchanges(row))
+def _any_exchange(check: Callable[[str, str], bool]) -> Callable[[_Row, FilterConfig], bool]:
+    """A check of (answer, the turn before it), as a check of a row."""
+
+    def is_bad(row: _Row, _: FilterConfig) -> bool:
+        turns = row.conversation.messages
+        return any(answer.role == "assistant" and check(answer.content, asked.content) for asked, answer in pairwise(turns))
+
+    return is_bad
+
+
+def _is_short(row: _Row, config: FilterConfig) -> bool:
+    return any(len(answer) < config.min_answer_chars or len(answer.strip()) < config.min_answer_chars for answer in row.answers)
+
+
+def _tokens(row: _Row) -> int:
+    return sum(approximate_tokens(message.content) for message in row.conversation.messages)
+
+
+def _has_foreign_script(row: _Row, _: FilterConfig) -> bool:
+    if all(map(str.isascii, row.answers)):
+        return False
+    others = "\n".join(message.content for message in row.conversation.messages if message.role != "assistant")
+    return any(has_foreign_script(answer, others) for answer in row.answers)
+
+
+def _is_copy(answer: str, prompt: str) -> bool:
+    """Whether an answer is its own prompt again, up to case and white space."""
+    return _first_word(prompt) == _first_word(answer) and normal_form(prompt) == normal_form(answer)
+
+
+def _first_word(text: str) -> str:
+    """Cheap to compare before whole texts are normalised."""
+    word = (text[:200].split(None, 1) or [""])[0]
+    return word.lower() if word.isascii() else normal_form(word)
 
 
 _FILTERS = (
-    _Filter("short_answer", lambda c: c.min_answer_chars, lambda row, c: any(len(a.strip()) < c.min_answer_chars for a in _answers(row))),
+    _Filter("short_answer", lambda c: c.min_answer_chars, _is_short),
     _Filter("empty_answer", lambda c: c.drop_empty_answers, _any_answer(is_empty)),
-    _Filter("too_long", lambda c: c.max_chars, lambda row, c: row.chars > c.max_chars),
+    _Filter("too_long", lambda c: c.max_chars, lambda row, c: row.conversation.chars > c.max_chars),
     _Filter("too_few_tokens", lambda c: c.min_tokens, lambda row, c: _tokens(row) < c.min_tokens),
     _Filter("too_many_tokens", lambda c: c.max_tokens, lambda row, c: _tokens(row) > (c.max_tokens or 0)),
     _Filter("bad_encoding", lambda c: c.drop_bad_encoding, _any_answer(has_bad_encoding)),
-    _Filter("foreign_script", lambda c: c.drop_foreign_script, lambda row, _: _has_foreign_script(row)),
-    _Filter("language", lambda c: c.languages, lambda row, c: any(is_other_language(a, c.languages) for a in _answers(row))),
+    _Filter("foreign_script", lambda c: c.drop_foreign_script, _has_foreign_script),
+    _Filter("language", lambda c: c.languages, lambda row, c: any(is_other_language(answer, c.languages) for answer in row.answers)),
     _Filter("refusal", lambda c: c.drop_refusals, _any_answer(is_refusal)),
-    _Filter("self_reference", lambda c: c.drop_self_references, _any_turn(lambda asked, answer: names_itself(answer, asked))),
+    _Filter("self_reference", lambda c: c.drop_self_references, _any_exchange(names_itself)),
     _Filter("ngram_loop", lambda c: c.drop_ngram_loops, _any_answer(has_loop)),
     _Filter("truncated", lambda c: c.drop_truncated, _any_answer(is_truncated)),
     _Filter("unclosed_code", lambda c: c.drop_unclosed_code, _any_answer(has_unclosed_code)),
     _Filter("broken_python", lambda c: c.drop_broken_python, _any_answer(has_broken_python)),
     _Filter("python2", lambda c: c.drop_python2, _any_answer(has_python2)),
     _Filter("math_disagreement", lambda c: c.drop_math_disagreements, _any_answer(answers_disagree)),
-    _Filter("copied_prompt", lambda c: c.drop_copied_prompt, _any_turn(lambda asked, answer: _is_copy(asked, answer))),
+    _Filter("copied_prompt", lambda c: c.drop_copied_prompt, _any_exchange(_is_copy)),
 )
 FILTER_REASONS: tuple[str, ...] = tuple(item.reason for item in _FILTERS)
 """Every reason that `reason_to_drop` can give, in the order the filters run."""
@@ -92,34 +134,8 @@ def reason_to_drop(row: Conversation, config: FilterConfig) -> str | None:
 
     About 30 µs a row of 1,500 characters.  Raises DataError when `languages` is set and its package is not installed.
     """
-    return next((item.reason for item in _FILTERS if item.is_on(config) and item.is_bad(row, config)), None)
-
-
-def _answers(row: Conversation) -> Iterator[str]:
-    return (message.content for message in row.messages if message.role == "assistant")
-
-
-def _exchanges(row: Conversation) -> Iterator[tuple[str, str]]:
-    """(the turn before, answer) of each answer."""
-    return ((before.content, answer.content) for before, answer in pairwise(row.messages) if answer.role == "assistant")
-
-
-def _tokens(row: Conversation) -> int:
-    return sum(approximate_tokens(message.content) for message in row.messages)
-
-
-def _has_foreign_script(row: Conversation) -> bool:
-    if all(answer.isascii() for answer in _answers(row)):
-        return False
-    others = "\n".join(message.content for message in row.messages if message.role != "assistant")
-    return any(has_foreign_script(answer, others) for answer in _answers(row))
-
-
-def _is_copy(prompt: str, answer: str) -> bool:
-    """Whether an answer is its own prompt again, up to case and white space."""
-    return _first_word(prompt) == _first_word(answer) and normal_form(prompt) == normal_form(answer)
-
-
-def _first_word(text: str) -> str:
-    """Cheap to compare before whole texts are normalised."""
-    return normal_form((text[:200].split(None, 1) or [""])[0])
+    view = _Row(row, [message.content for message in row.messages if message.role == "assistant"])
+    for item in _FILTERS:
+        if item.is_on(config) and item.is_bad(view, config):
+            return item.reason
+    return None

@@ -7,6 +7,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 _PYTHON = re.compile(r"(?:python|py|python3|python 3)\b", re.IGNORECASE)
@@ -15,8 +16,10 @@ MAX_BLOCK = 20_000
 MIN_LINES = 3
 """Shorter blocks are fragments: a signature, a branch, a command."""
 _NOT_A_PROGRAM = re.compile(
-    r"^\s*(?:>>>|\.\.\. |\$ |[%!]\w|In \[\d|#!/bin|pip3? install |python3? \S+\.py|(?:pip|conda|sudo|cd|git) \w|[-+]\s*(?:def|class|import) |@@ |Traceback \(|File \"|\d+\. [A-Z])"
-    r"|^\s*(?:elif|else|except|finally|case)\b(?=[^\n]*:)(?<!\n)|…|\.\.\.\s*(?:\n|$)|<[a-z_]+(?: [a-z_]+)*>|\{\{|\{%|^\s*(?:Output|Input|Example|Note|Explanation)\b[^\n=]*:?\s*$",
+    r"\A\s*(?:elif|else|except|finally|case)\b"
+    r"|^\s*(?:>>>|\.\.\. |\$ |[%!]\w|In \[\d|#!/bin|(?:pip3?|conda|sudo|cd|git|python3?) [\w./-]+|@@ |Traceback \(|File \"|\d+\. [A-Z])"
+    r"|^[-+] ?(?:def|class|import|from|return|if|for) |^\s*(?:Output|Input|Example|Note|Explanation)\b[^\n=]*:?\s*$"
+    r"|…|\.\.\.\s*$|<[a-z_]+(?: [a-z_]+)*>|\{\{|\{%",
     re.MULTILINE,
 )
 """Signs of sessions, shells, diffs, templates, outlines and placeholders: not meant to parse."""
@@ -28,14 +31,24 @@ _PYTHON2 = re.compile(
 
 
 def has_unclosed_code(answer: str) -> bool:
-    """Whether a code fence is opened and not closed (CommonMark: a closing fence is bare and at least as long)."""
+    """Whether a code fence is opened and not closed.
+
+    As in CommonMark, a closing fence is bare and at least as long as the opening one, and what follows an opening fence of backticks holds
+    no backtick: "```x = 1```" on one line is code within a line.
+    """
+    if "```" not in answer and "~~~" not in answer:
+        return False
     fence = ""
     for mark, rest in _FENCE.findall(answer):
         if not fence:
-            fence = mark
+            fence = "" if _is_inline(mark, rest) else mark
         elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
             fence = ""
     return bool(fence)
+
+
+def _is_inline(mark: str, rest: str) -> bool:
+    return mark[0] == "`" and "`" in rest
 
 
 def has_broken_python(answer: str) -> bool:
@@ -60,13 +73,15 @@ def _python_blocks(answer: str) -> Iterator[str]:
     for match in _FENCE.finditer(answer):
         mark, rest = match.groups()
         if not fence:
-            fence, start, is_python = mark, match.end() + 1, bool(_PYTHON.match(rest.strip()))
+            if not _is_inline(mark, rest):
+                fence, start, is_python = mark, match.end() + 1, bool(_PYTHON.match(rest.strip()))
         elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
             if is_python:
                 yield answer[start : match.start()]
             fence = ""
 
 
+@lru_cache(maxsize=8)  # two filters ask for the same block
 def _verdict(block: str) -> str:
     """parses, broken, python2, or unknown."""
     if len(block) > MAX_BLOCK or block.strip().count("\n") < MIN_LINES - 1:

@@ -11,8 +11,12 @@ from pesc.errors import DataError
 
 _CONTROLS = bytes([*range(9), 11, *range(14, 32), 127])
 """C0 controls and DEL, without tab, line feed, form feed and carriage return."""
-_C1_OR_REPLACEMENT = re.compile("[\x80-\x84\x86-\x9f\ufffd]")
-_NOT_ASCII = re.compile("[\x80-\U0010ffff]{2,}")
+_CONTINUATION = "".join(chr(byte) for byte in range(0x80, 0xC0)) + bytes(range(0x80, 0xA0)).decode("cp1252", "ignore")
+"""What the bytes 80 to BF are shown as: Windows-1252, and C1 for the five that it leaves out (and for Latin-1)."""
+_SUSPECT = re.compile("[\x80-\x84\x86-\x9f\xc2-\xf4\ufffd]")
+_MOJIBAKE = re.compile(
+    f"[\x80-\x84\x86-\x9f\ufffd]|[\xc2-\xdf][{_CONTINUATION}]|[\xe0-\xef][{_CONTINUATION}]{{2}}|[\xf0-\xf4][{_CONTINUATION}]{{3}}"
+)
 
 _SCRIPTS = {
     "Cyrillic": "\u0400-\u052f",
@@ -44,36 +48,12 @@ _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DO
 def has_bad_encoding(answer: str) -> bool:
     """Whether an answer holds UTF-8 that was read as Windows-1252 ("cafÃ©", "itâ€™s"), U+FFFD, or control characters.
 
-    A run of characters beyond ASCII counts when its Windows-1252 bytes are UTF-8 for fewer characters: no word of any language is.
+    A character that shows a lead byte of UTF-8, followed by as many that show its other bytes, is no word of any language.
     """
-    if answer.isascii():
-        encoded = answer.encode("ascii")
-        return len(encoded.translate(None, _CONTROLS)) != len(encoded)
     encoded = answer.encode("utf-8", "replace")
     if len(encoded.translate(None, _CONTROLS)) != len(encoded):
         return True
-    return any(map(_is_mojibake, _NOT_ASCII.findall(answer))) or bool(_C1_OR_REPLACEMENT.search(answer))
-
-
-def _is_mojibake(run: str) -> bool:
-    """Whether these characters are UTF-8 bytes shown one by one."""
-    shown = [_as_byte(char) for char in run]
-    for start, byte in enumerate(shown):
-        length = 0 if byte is None else 2 if 0xC2 <= byte < 0xE0 else 3 if 0xE0 <= byte < 0xF0 else 4 if 0xF0 <= byte < 0xF5 else 0
-        rest = shown[start + 1 : start + length]
-        if length and len(rest) == length - 1 and all(other is not None and 0x80 <= other < 0xC0 for other in rest):
-            return True
-    return False
-
-
-def _as_byte(char: str) -> int | None:
-    """The Windows-1252 byte of a character; the five bytes without one stand for the control character of that number."""
-    if ord(char) < 256:
-        return ord(char)
-    try:
-        return char.encode("cp1252")[0]
-    except UnicodeEncodeError:
-        return None
+    return len(encoded) != len(answer) and bool(_SUSPECT.search(answer)) and bool(_MOJIBAKE.search(answer))
 
 
 def has_foreign_script(answer: str, others: str) -> bool:

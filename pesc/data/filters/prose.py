@@ -9,15 +9,19 @@ import numpy as np
 _EMPTY = re.compile(r"[\s.…\-–—_*#`~<>|\\]*(?:</?no ?(?:output|input|answer)>)?[\s.…\-–—_*#`~<>|\\]*")
 
 _APOLOGY = r"(?:i(?:'m| am) (?:very |so |truly |really |terribly )?sorry|sorry|(?:my )?apologies|i apologi[sz]e|unfortunately|regrettably)"
-_MODEL = r"an? (?:ai|artificial intelligence|large language|language|machine learning|text-based)\b[\w\s-]{0,40}"
+_KIND = r"(?:model|assistant|chat ?bot|bot|system|program|tool|entity|agent)"
+_MODEL = (
+    r"an? (?:(?:ai|artificial intelligence)(?:[- ](?:text-based|language|powered|chat|virtual|digital|machine learning))*"
+    rf"(?: {_KIND})?|(?:(?:large|text-based|machine learning|computer) )*(?:language model|ai {_KIND})|(?:text-based|machine learning) model)"
+)
 _CANNOT = (
     r"(?:can(?:no|')t|can not|am unable to|'m unable to|am not able to|'m not able to|won't|will not|am not programmed to|must decline to)"
 )
 _REFUSAL = re.compile(
-    rf"(?:{_APOLOGY}[\s,.!:;]*)?(?:(?:but|however)[\s,]*)?(?:as {_MODEL}[\s,]*)?(?:i|we) ?(?:currently )?(?:"
-    rf"{_CANNOT} (?:directly |currently |actually |really )?"
-    r"(?:assist|help|fulfil|fulfill|comply|provide|answer|do (?:that|this)|engage|support|generate|create|write|complete|give|perform|access|browse"
-    r"|retrieve|fulfil your|satisfy|display|draw|book|order)\b"
+    rf"(?:{_APOLOGY}[\s,.!:;]*)?(?:(?:but|however)[\s,]*)?(?:as {_MODEL}[\s,]*)?i ?(?:currently )?(?:"
+    rf"{_CANNOT} (?:directly |currently |actually |really )?(?!help (?:falling|but|it|feeling|thinking|wondering|myself|notic)|give (?:up|in)\b)"
+    r"(?:assist|help|fulfil|fulfill|comply|provide|answer|do (?:that|this)|engage|support|generate|create|write|complete|give|perform|access"
+    r"|browse|retrieve|satisfy|display|draw|book|order)\b"
     r"|(?:do not|don't|lack|do not currently|don't currently) (?:have )?(?:direct |real-time |the )*"
     r"(?:capability|capabilities|capacity|ability|abilities|means|access|permission|function)\b)"
 )
@@ -25,28 +29,46 @@ _REFUSAL = re.compile(
 
 _SELF = re.compile(
     rf"\bas {_MODEL}[\s,]*(?:i|my)\b"
-    r"|\bas an? (?:large )?language model\b"
-    rf"|\bi(?:'m| am) (?:just |only |merely |actually |simply )?{_MODEL}"
+    rf"|\bi(?:'m| am) (?:just |only |merely |actually |simply )?{_MODEL}(?=\s*(?:[,.;:!?)]|$)| (?:and|so|but|i|that|who|without|not|created"
+    r"|designed|developed|trained|built|made|programmed|by)\b)"
     r"|\bi (?:was|am|have been|'ve been) (?:\w+ )?(?:trained|developed|created|made|built|designed) (?:and \w+ )?by "
     r"(?:openai|open ai|anthropic|google|deepmind|meta ai|microsoft|mistral|alibaba|cohere|deepseek|baidu|hugging ?face)\b"
     r"|\bi(?:'m| am) (?:chatgpt|gpt-?[345]|(?:claude|bard|gemini|llama|qwen|copilot|mistral),? (?:an?|made|created|developed|trained)\b)"
-    r"|\bmy (?:last )?(?:knowledge|training)(?: data)? (?:cut-?off|update)\b|\bmy training data\b"
+    r"|\bmy (?:last )?knowledge (?:cut-?off|update)\b|\bmy (?:last )?training (?:data )?cut-?off\b|\bas of my last (?:training|update)\b"
 )
 _SELF_SIGNS = (
-    "an ai",
-    "artificial intell",
-    "language model",
-    "i was ",
-    "i am ",
-    "i'm ",
-    "i have been ",
-    "i've been ",
-    "my last",
-    "my knowl",
-    "my train",
+    *("an ai", "artificial intelligence", "language model", "learning model", "based model", "openai", "open ai", "anthropic", "gpt"),
+    *(
+        "deepmind",
+        "by google",
+        "by meta ai",
+        "by microsoft",
+        "by mistral",
+        "by alibaba",
+        "by cohere",
+        "by deepseek",
+        "by baidu",
+        "huggingface",
+    ),
+    *("by hugging", "am claude", "am bard", "am gemini", "am llama", "am qwen", "am copilot", "am mistral", "'m claude", "'m bard"),
+    *(
+        "'m gemini",
+        "'m llama",
+        "'m qwen",
+        "'m copilot",
+        "'m mistral",
+        "knowledge cut",
+        "knowledge update",
+        "cutoff",
+        "cut-off",
+        "of my last",
+    ),
 )
+"""An answer without any of these holds no _SELF: cheaper to look for."""
 _ASKS_ABOUT_MODELS = re.compile(
     r"(?<!you are an )\b(?:a\.?i\.?|artificial intelligence|language models?|chat ?bots?|llms?|chatgpt|gpt|openai|anthropic)\b"
+    r"|\b(?:who|what) (?:exactly )?(?:are|created|built|made|trained|developed|designed) you\b|\bare you (?:an?|human|real|conscious|alive)\b"
+    r"|\byour (?:name|creators?|makers?|developers?)\b|\babout yourself\b|\bintroduce yourself\b"
 )
 _NAMES_VENDOR = re.compile(
     r"chatgpt|gpt-?\d|openai|open ai|anthropic|deepmind|\bby (?:google|meta|microsoft|mistral|alibaba|cohere|deepseek|baidu)"
@@ -65,7 +87,7 @@ _SELDOM_LAST = re.compile(
 _SENTENCE_END = re.compile(r"[a-z)\"'][.!?][\"')]?\s")
 _NOT_PROSE = re.compile(r"[{}\[\]=<>$_\\|;`*/@&^~]|\w\(")
 _OPEN_QUOTE = re.compile(r"(?:^|[\s(])[\"“](?=\w)[^\"”]*[^\s.!?…:\"”]$")
-_HALF_FORMULA = re.compile(r"(?:[=+]|\\(?:frac|cdot|times|sqrt|left|right|boxed)\{?)$")
+_HALF_FORMULA = re.compile(r"\$(?![^$]*(?:[\"';]|(?<!\\)\b[A-Za-z]{3}))[^$]*(?:[=+]|\\(?:frac|cdot|times|sqrt|left|right|boxed)\{?)$")
 _MIN_PROSE_WORDS = 6
 
 
@@ -148,11 +170,33 @@ def has_loop(answer: str) -> bool:
     """
     words = answer.split()
     needed = max(LOOP_WORDS, int(len(words) * LOOP_SHARE))
-    if len(words) < LOOP_WORDS or len(words) - len(set(words)) < needed * (1 - 1 / LOOP_REPEATS):
+    if len(words) < LOOP_WORDS or not _may_loop(words, needed):
         return False
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers)) for word in words])
     return any(_repeats(words, ids, period, max(needed, LOOP_REPEATS * period)) for period in range(1, LOOP_PERIOD + 1))
+
+
+def _may_loop(words: list[str], needed: int) -> bool:
+    """Whether some phrase follows itself at one of the places that a loop of `needed` words cannot avoid, every half of that.
+
+    The first such place within a loop has its phrase twice more before the loop ends: a phrase is at most a fifth of the loop.
+    """
+    for place in range(0, len(words), needed // 2):
+        word, start = words[place], place + 1
+        while (found := _find(words, word, start, place + LOOP_PERIOD + 1)) > 0:
+            period = found - place
+            if words[place:found] == words[found : found + period]:
+                return True
+            start = found + 1
+    return False
+
+
+def _find(words: list[str], word: str, start: int, stop: int) -> int:
+    try:
+        return words.index(word, start, stop)
+    except ValueError:
+        return -1
 
 
 def _repeats(words: list[str], ids: np.ndarray, period: int, needed: int) -> bool:
