@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pesc.data.config import DatasetConfig, DedupConfig
+from pesc.data.config import DatasetConfig, DedupConfig, filters_of
 from pesc.data.conversation import BadRow, Conversation, RowError, conversation_id, detect_format, parse_row
 from pesc.data.decontaminate import BenchmarkIndex, ContaminationTable, Item
 from pesc.data.exact_dedup import split_exact_duplicates, survival_order
-from pesc.data.filters import reason_to_drop
+from pesc.data.filters import FILTER_REASONS, reason_to_drop
 from pesc.data.functions import is_test_file
 from pesc.data.minhash import find_near_duplicates
 from pesc.data.rows import ROW_SUFFIXES, find_row_files, read_rows
@@ -179,9 +179,9 @@ def _check_dataset(name: str, dataset: DatasetConfig, found: list[Conversation],
 
 
 def _filter(rows: list[Conversation], ctx: StageContext, ledger: Ledger) -> list[Conversation]:
-    kept = []
+    kept, filters = [], {name: filters_of(ctx.config, name) for name in ctx.config.datasets}
     for done, row in enumerate(rows, start=1):
-        reason = reason_to_drop(row, ctx.config.filters)
+        reason = reason_to_drop(row, filters[row.dataset])
         if reason:
             ledger.remove(row, f"filter_{reason}")
         else:
@@ -286,8 +286,7 @@ def _finish(rows: list[Conversation], ledger: Ledger, table: ContaminationTable,
     for name, counts in ledger.counts.items():
         if counts["read"] != kept[name] + removed[name]:
             raise RuntimeError(f"{name}: {counts['read']} rows read, but {kept[name]} kept and {removed[name]} in the ledger")
-    filters = ("short_answer", "too_long", "refusal", "ngram_loop", "unclosed_code", "copied_prompt")
-    reasons = ("malformed", *(f"filter_{name}" for name in filters), "exact", "near", "contaminated")
+    reasons = ("malformed", *(f"filter_{name}" for name in FILTER_REASONS), "exact", "near", "contaminated")
     per_dataset = {
         name: {"domain": config.datasets[name].domain, "read": counts["read"], **{key: counts[key] for key in reasons}, "kept": kept[name]}
         for name, counts in ledger.counts.items()

@@ -17,6 +17,7 @@ Pitfalls
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -97,13 +98,13 @@ def _has_foreign_script(row: _Row, _: FilterConfig) -> bool:
 
 def _is_copy(answer: str, prompt: str) -> bool:
     """Whether an answer is its own prompt again, up to case and white space."""
-    return _first_word(prompt) == _first_word(answer) and normal_form(prompt) == normal_form(answer)
+    return _first_words(prompt) == _first_words(answer) and normal_form(prompt) == normal_form(answer)
 
 
-def _first_word(text: str) -> str:
+def _first_words(text: str) -> str:
     """Cheap to compare before whole texts are normalised."""
-    word = (text[:200].split(None, 1) or [""])[0]
-    return word.lower() if word.isascii() else normal_form(word)
+    start = " ".join(text.split(None, 4)[:4])
+    return start.lower() if start.isascii() else normal_form(start)
 
 
 _FILTERS = (
@@ -135,7 +136,9 @@ def reason_to_drop(row: Conversation, config: FilterConfig) -> str | None:
     About 30 µs a row of 1,500 characters.  Raises DataError when `languages` is set and its package is not installed.
     """
     view = _Row(row, [message.content for message in row.messages if message.role == "assistant"])
-    for item in _FILTERS:
-        if item.is_on(config) and item.is_bad(view, config):
-            return item.reason
-    return None
+    return next((item.reason for item in _active(config) if item.is_bad(view, config)), None)
+
+
+@lru_cache(maxsize=32)
+def _active(config: FilterConfig) -> tuple[_Filter, ...]:
+    return tuple(item for item in _FILTERS if item.is_on(config))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+_FENCE = re.compile(r"(`{3,}|~{3,})(.*)")
 _PYTHON = re.compile(r"(?:python|py|python3|python 3)\b", re.IGNORECASE)
 MAX_BLOCK = 20_000
 """Characters of the longest block that is parsed."""
@@ -36,15 +36,28 @@ def has_unclosed_code(answer: str) -> bool:
     As in CommonMark, a closing fence is bare and at least as long as the opening one, and what follows an opening fence of backticks holds
     no backtick: "```x = 1```" on one line is code within a line.
     """
-    if "```" not in answer and "~~~" not in answer:
-        return False
     fence = ""
-    for mark, rest in _FENCE.findall(answer):
+    for mark, rest in (match.groups() for match in _fences(answer)):
         if not fence:
             fence = "" if _is_inline(mark, rest) else mark
         elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
             fence = ""
     return bool(fence)
+
+
+def _fences(answer: str) -> Iterator[re.Match[str]]:
+    """Marks of three or more that begin a line (group 1), each with the rest of its line (group 2)."""
+    marks = [mark for mark in ("```", "~~~") if mark in answer]
+    place = min((answer.find(mark) for mark in marks), default=-1)
+    while place >= 0:
+        match = _FENCE.match(answer, place)
+        assert match
+        if not answer[answer.rfind("\n", 0, place) + 1 : place].strip(" \t"):
+            yield match
+            end = match.end()
+        else:
+            end = match.end(1)
+        place = min((found for mark in marks if (found := answer.find(mark, end)) >= 0), default=-1)
 
 
 def _is_inline(mark: str, rest: str) -> bool:
@@ -67,17 +80,15 @@ def has_python2(answer: str) -> bool:
 
 def _python_blocks(answer: str) -> Iterator[str]:
     """Contents of the closed fences marked as Python."""
-    if "```" not in answer and "~~~" not in answer:
-        return
     fence, start, is_python = "", 0, False
-    for match in _FENCE.finditer(answer):
+    for match in _fences(answer):
         mark, rest = match.groups()
         if not fence:
             if not _is_inline(mark, rest):
                 fence, start, is_python = mark, match.end() + 1, bool(_PYTHON.match(rest.strip()))
         elif mark[0] == fence[0] and len(mark) >= len(fence) and not rest.strip():
             if is_python:
-                yield answer[start : match.start()]
+                yield answer[start : answer.rfind("\n", 0, match.start()) + 1]
             fence = ""
 
 

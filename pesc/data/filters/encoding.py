@@ -41,8 +41,9 @@ _ASKS_FOR_LANGUAGE = re.compile(
     re.IGNORECASE,
 )
 
-_MIN_LANGUAGE_LETTERS = 200
+_MIN_LANGUAGE_CHARS = 200
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DOTALL)
+_CODE_SIGNS = re.compile(r"[{}()\[\];=<>_]")
 
 
 def has_bad_encoding(answer: str) -> bool:
@@ -73,11 +74,12 @@ def has_foreign_script(answer: str, others: str) -> bool:
 def is_other_language(answer: str, languages: Sequence[str]) -> bool:
     """Whether an answer is surely in a language other than these (ISO 639-1 codes), by CLD2.
 
-    Code, formulae and links are left out; an answer with fewer than 200 characters besides them, or one that CLD2 is not sure of, is kept.
+    Code, formulae and links are left out.  An answer with fewer than 200 characters besides them, one that looks like code without a fence,
+    and one that CLD2 is not sure of are kept.
     Raises DataError when the package `pycld2` is not installed.
     """
     text = _CODE.sub(" ", answer)
-    if sum(map(str.isalpha, text)) < _MIN_LANGUAGE_LETTERS and len(text) < 4 * _MIN_LANGUAGE_LETTERS:
+    if len(text) < _MIN_LANGUAGE_CHARS or len(_CODE_SIGNS.findall(text)) * 30 > len(text):
         return False
     cld2 = _cld2()
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_HASHES = re.compile(r"^####[ \t]+([^\n]+?)[ \t]*$(?=\s*(?:The answer is|\Z))", re.MULTILINE)
-_SAYS = re.compile(r"\bthe (?:final )?answer is[ \t]*:?[ \t]*(?=\S)([^\n]+)\s*\Z", re.IGNORECASE)
+_BOX = re.compile(r"boxed\s*\{")
+_HASHES = re.compile(r"####[ \t]+([^\n]{1,200}?)[ \t]*(?=\s*\Z|\n\s*The answer is)")
+_SAYS = re.compile(r"the (?:final )?answer is[ \t]*:?[ \t]*(?=\S)([^\n]+)\s*\Z", re.IGNORECASE)
 _LAST = 400
 """Characters at the end of an answer in which it may state its result in words."""
 _MAX_VALUE = 200
@@ -42,23 +43,29 @@ def answers_disagree(answer: str) -> bool:
 
 def _boxed(answer: str) -> list[str]:
     r"""What stands in each \boxed{…}, with braces matched."""
-    values = []
-    for match in re.finditer(r"\\(?:f?boxed)\s*\{", answer) if "boxed" in answer else ():
-        depth, start = 1, match.end()
-        for place in range(start, min(len(answer), start + _MAX_VALUE)):
-            depth += {"{": 1, "}": -1}.get(answer[place], 0)
+    values, place = [], answer.find("boxed")
+    while place >= 0:
+        opening = _BOX.match(answer, place)
+        place = opening.end() if opening else place + 1
+        depth = 1
+        for end in range(place, min(len(answer), place + _MAX_VALUE)) if opening else ():
+            depth += {"{": 1, "}": -1}.get(answer[end], 0)
             if not depth:
-                values.append(answer[start:place])
+                values.append(answer[place:end])
                 break
+        place = answer.find("boxed", place)
     return values
 
 
 def _hashes(answer: str) -> list[str]:
-    return [_HASHES.findall(answer)[-1]] if "####" in answer and _HASHES.search(answer) else []
+    match = _HASHES.match(answer, answer.rfind("####")) if "####" in answer else None
+    return [match[1]] if match else []
 
 
 def _said(answer: str) -> list[str]:
-    match = _SAYS.search(answer[-_LAST:])
+    tail = answer[-_LAST:]
+    start = tail.lower().rfind("the ", 0, max(0, tail.lower().rfind("answer is")))
+    match = _SAYS.match(tail, start) if start >= 0 else None
     return [match[1]] if match and len(match[1]) <= _MAX_VALUE else []
 
 

@@ -36,35 +36,19 @@ _SELF = re.compile(
     r"|\bi(?:'m| am) (?:chatgpt|gpt-?[345]|(?:claude|bard|gemini|llama|qwen|copilot|mistral),? (?:an?|made|created|developed|trained)\b)"
     r"|\bmy (?:last )?knowledge (?:cut-?off|update)\b|\bmy (?:last )?training (?:data )?cut-?off\b|\bas of my last (?:training|update)\b"
 )
-_SELF_SIGNS = (
-    *("an ai", "artificial intelligence", "language model", "learning model", "based model", "openai", "open ai", "anthropic", "gpt"),
-    *(
-        "deepmind",
-        "by google",
-        "by meta ai",
-        "by microsoft",
-        "by mistral",
-        "by alibaba",
-        "by cohere",
-        "by deepseek",
-        "by baidu",
-        "huggingface",
-    ),
-    *("by hugging", "am claude", "am bard", "am gemini", "am llama", "am qwen", "am copilot", "am mistral", "'m claude", "'m bard"),
-    *(
-        "'m gemini",
-        "'m llama",
-        "'m qwen",
-        "'m copilot",
-        "'m mistral",
-        "knowledge cut",
-        "knowledge update",
-        "cutoff",
-        "cut-off",
-        "of my last",
-    ),
+_MODEL_SIGNS = (
+    "an ai",
+    "artificial intelligence",
+    "language model",
+    "learning model",
+    "based model",
+    "my last ",
+    "my knowledge ",
+    "my training ",
 )
-"""An answer without any of these holds no _SELF: cheaper to look for."""
+_MAKER_SIGNS = ("ed by ", "made by ", "built by ")
+_MAKERS = re.compile(r" by (?:open ?ai|anthropic|google|deepmind|meta ai|microsoft|mistral|alibaba|cohere|deepseek|baidu|hugging)")
+_NAME = re.compile(r"\bi(?:'m| am) (?:chatgpt|gpt|claude|bard|gemini|llama|qwen|copilot|mistral)")
 _ASKS_ABOUT_MODELS = re.compile(
     r"(?<!you are an )\b(?:a\.?i\.?|artificial intelligence|language models?|chat ?bots?|llms?|chatgpt|gpt|openai|anthropic)\b"
     r"|\b(?:who|what) (?:exactly )?(?:are|created|built|made|trained|developed|designed) you\b|\bare you (?:an?|human|real|conscious|alive)\b"
@@ -108,12 +92,22 @@ def names_itself(answer: str, asked: str) -> bool:
     name a vendor as their own.
     """
     text = _plain_quotes(answer)
-    if not any(sign in text for sign in _SELF_SIGNS):
+    if not _may_name_itself(text):
         return False
     found = [match for match in _SELF.finditer(text) if not _is_quoted(text, match.start())]
     if not found:
         return False
     return not _ASKS_ABOUT_MODELS.search(asked.lower()) or any(_NAMES_VENDOR.search(match[0]) for match in found)
+
+
+def _may_name_itself(text: str) -> bool:
+    """False for a text that holds no _SELF: a few plain searches instead of one slow pattern."""
+    for sign in _MODEL_SIGNS:
+        if sign in text:
+            return True
+    if any(sign in text for sign in _MAKER_SIGNS) and _MAKERS.search(text):
+        return True
+    return ("i am " in text or "i'm " in text) and bool(_NAME.search(text))
 
 
 def _plain_quotes(text: str) -> str:
@@ -182,21 +176,15 @@ def _may_loop(words: list[str], needed: int) -> bool:
 
     The first such place within a loop has its phrase twice more before the loop ends: a phrase is at most a fifth of the loop.
     """
+    longest = min(LOOP_PERIOD, len(words) // LOOP_REPEATS)
     for place in range(0, len(words), needed // 2):
-        word, start = words[place], place + 1
-        while (found := _find(words, word, start, place + LOOP_PERIOD + 1)) > 0:
-            period = found - place
-            if words[place:found] == words[found : found + period]:
+        word, following = words[place], words[place + 1 : place + 1 + longest]
+        if word not in following:
+            continue
+        for period, other in enumerate(following, start=1):
+            if other == word and words[place : place + period] == words[place + period : place + 2 * period]:
                 return True
-            start = found + 1
     return False
-
-
-def _find(words: list[str], word: str, start: int, stop: int) -> int:
-    try:
-        return words.index(word, start, stop)
-    except ValueError:
-        return -1
 
 
 def _repeats(words: list[str], ids: np.ndarray, period: int, needed: int) -> bool:
