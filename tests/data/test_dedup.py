@@ -34,7 +34,7 @@ def math_rows() -> list[object]:
         pair(long, "The answer is 8.", type="t0"),
         pair("  question 0: " + clean[0]["query"].partition(": ")[2].upper(), "ANSWER 0.", type="t0"),
         pair("Copy me.", "Copy me.", type="t0"),
-        pair("Say it.", "As an AI language model, I cannot.", type="t0"),
+        pair("Say it.", "I cannot help with that.", type="t0"),
         pair("Tell me: which planet of the solar system has the largest number of known moons?", "Saturn.", type="t1"),
     ]
 

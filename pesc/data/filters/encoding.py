@@ -33,9 +33,9 @@ _NOT_LATIN = re.compile(f"[{''.join(_SCRIPTS.values())}]")
 _LATIN = re.compile("[A-Za-z\xc0-\u024f]")
 _MIN_LETTERS = 20
 _ASKS_FOR_LANGUAGE = re.compile(
-    r"translat|tradu[cz]|übersetz|vertaal|language|dialect|alphabet|script|character|hieroglyph|letters|unicode|utf|emoji|transliterat"
-    r"|multilingual|bilingual|foreign|native|lyrics|poem|haiku|anime|manga"
-    r"|\b(?:arabic|armenian|bengali|bulgarian|cantonese|chinese|farsi|georgian|greek|gujarati|hebrew|hindi|japan|kannada|kazakh|korea"
+    r"\b(?:translat|transliterat|tradu[cz]|übersetz|vertaal|language|dialect|alphabet|scripts?\b|characters?\b|hieroglyph|letters|unicode|utf"
+    r"|emoji|multilingual|bilingual|foreign|native|lyrics|poem|haiku|anime|manga"
+    r"|arabic|armenian|bengali|bulgarian|cantonese|chinese|farsi|georgian|greek|gujarati|hebrew|hindi|japan|kannada|kazakh|korea"
     r"|kyrgyz|malayalam|mandarin|marathi|mongol|nepal|pashto|persian|punjabi|russia|sanskrit|serbian|sinhala|slavic|tajik|tamil|telugu"
     r"|thai|tibetan|ukrain|urdu|uyghur|yiddish|macedonian|belarus|china|india|iran|israel|kanji|kana|hiragana|katakana|hangul|cyrillic)",
     re.IGNORECASE,

@@ -10,6 +10,7 @@ _HASHES = re.compile(r"####[ \t]+([^\n]{1,200}?)[ \t]*(?=\s*\Z|\n\s*The answer i
 _SAYS = re.compile(r"the (?:final )?answer is[ \t]*:?[ \t]*(?=\S)([^\n]+)\s*\Z", re.IGNORECASE)
 _LAST = 400
 """Characters at the end of an answer in which it may state its result in words."""
+_LAST_BOXES = 20_000
 _MAX_VALUE = 200
 
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
@@ -42,7 +43,8 @@ def answers_disagree(answer: str) -> bool:
 
 
 def _boxed(answer: str) -> list[str]:
-    r"""What stands in each \boxed{…}, with braces matched."""
+    r"""What stands in each \boxed{…} of the last 20,000 characters, with braces matched."""
+    answer = answer[-_LAST_BOXES:]
     values, place = [], answer.find("boxed")
     while place >= 0:
         opening = _BOX.match(answer, place)

@@ -33,7 +33,8 @@ _SELF = re.compile(
     r"|designed|developed|trained|built|made|programmed|by)\b)"
     r"|\bi (?:was|am|have been|'ve been) (?:\w+ )?(?:trained|developed|created|made|built|designed) (?:and \w+ )?by "
     r"(?:openai|open ai|anthropic|google|deepmind|meta ai|microsoft|mistral|alibaba|cohere|deepseek|baidu|hugging ?face)\b"
-    r"|\bi(?:'m| am) (?:chatgpt|gpt-?[345]|(?:claude|bard|gemini|llama|qwen|copilot|mistral),? (?:an?|made|created|developed|trained)\b)"
+    r"|\bi(?:'m| am) (?:chatgpt|gpt-?[345]|"
+    r"(?:claude|bard|gemini|llama|qwen|copilot|mistral),? (?:an? (?:ai|large|language|virtual)|made|created|developed|trained)\b)"
     r"|\bmy (?:last )?knowledge (?:cut-?off|update)\b|\bmy (?:last )?training (?:data )?cut-?off\b|\bas of my last (?:training|update)\b"
 )
 _MODEL_SIGNS = (
