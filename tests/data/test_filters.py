@@ -118,7 +118,26 @@ def test_any_text_gets_one_of_the_reasons_and_the_same_one_again(answer, prompt)
 
 @pytest.mark.parametrize(
     "unit",
-    ["(", "`", "~~~\n", "```python\n", '"', "$", "\\boxed{", "#### 1\n", "a ", "as an ai ", "i am ", "Ã", "the answer is ", "...", " "],
+    [
+        "(",
+        "`",
+        "~~~\n",
+        "```python\n",
+        '"',
+        "$",
+        "\\boxed{",
+        "#### 1\n",
+        "a ",
+        "as an ai ",
+        "as an ai i ",
+        "“a ",
+        "$x = ",
+        "i am ",
+        "Ã",
+        "the answer is ",
+        "...",
+        " ",
+    ],
 )
 @pytest.mark.timeout(60)
 def test_time_grows_no_faster_than_the_row(unit):

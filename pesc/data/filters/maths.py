@@ -24,8 +24,9 @@ _EQUATION = re.compile(r"^[A-Za-z](?:_?\{?\w{0,3}\}?)\s*=\s*(?=[^=]+$)")
 _UNIT = re.compile(r"^([-+]?[\d./]+)\s*(?!e\d)[a-z][a-z .'²³^\d]*$", re.IGNORECASE)
 _SCALE_WORD = re.compile(r"hundred|thousand|million|billion|trillion|dozen|\d\s*[kKmM]\b|cents?\b")
 _MIXED = re.compile(r"^([-+]?)(\d+)\s+(\d+)/(\d+)$")
-_UNDECIDED = re.compile(r"sqrt|frac|/|log|ln|sin|cos|tan|pi|cup|or|and|[*!√π]|\\times|\\cdot|\d\.\d|e\d")
-"""Marks of expressions that have many equal forms."""
+_PERIODIC = re.compile(r"sin|cos|tan|cis|mod")
+_MANY_FORMS = re.compile(r"sqrt|frac|/|log|ln|pi|cup|or|and|[*!√π]|\\times|\\cdot|\d\.\d|e\d")
+"""Marks of expressions that have many equal forms once they hold two numbers: 2\\sqrt{8} is 4\\sqrt{2}."""
 _NUMBER = re.compile(r"^([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+(?:\.\d+)?))?$")
 
 
@@ -84,10 +85,11 @@ def _differ(first: str, second: str) -> bool:
         return not any(_close(number_a, number_b, scale) for scale in scales)
     if re.fullmatch(r"\(?[A-E]\)?", a) and re.fullmatch(r"\(?[A-E]\)?", b):
         return a.strip("()") != b.strip("()")
-    if _UNDECIDED.search(a + b):
+    if re.sub(r"\d+", "#", _letters(a)) != re.sub(r"\d+", "#", _letters(b)):
         return False
-    same_form = re.sub(r"\d+", "#", _letters(a)) == re.sub(r"\d+", "#", _letters(b))
-    return same_form and sorted(re.findall(r"\d+", a)) != sorted(re.findall(r"\d+", b))
+    numbers_a, numbers_b = ([int(digits) for digits in re.findall(r"\d{1,30}", text)] for text in (a, b))
+    undecided = _PERIODIC.search(a) or (len(numbers_a) > 1 and _MANY_FORMS.search(a))
+    return not undecided and sorted(numbers_a) != sorted(numbers_b)
 
 
 def _plain(value: str) -> str:
@@ -133,4 +135,6 @@ def _close(first: tuple[Fraction, int], second: tuple[Fraction, int], scale: int
     """Whether two numbers are equal, or one is the other rounded to the decimals it is given with."""
     distance = abs(first[0] * scale - second[0])
     given = [decimals for decimals in (first[1], second[1]) if decimals >= 0]
-    return distance <= (Fraction(1, 10 ** min(given)) if given else 0)
+    if not given or first[1] == second[1]:  # two decimals of one length are as exact as they look
+        return distance == 0
+    return distance <= Fraction(1, 10 ** min(given))

@@ -71,7 +71,7 @@ _SELDOM_LAST = re.compile(
 )
 _SENTENCE_END = re.compile(r"[a-z)\"'][.!?][\"')]?\s")
 _NOT_PROSE = re.compile(r"[{}\[\]=<>$_\\|;`*/@&^~]|\w\(")
-_OPEN_QUOTE = re.compile(r"(?:^|[\s(])[\"“](?=\w)[^\"”]*[^\s.!?…:\"”]$")
+_OPEN_QUOTE = re.compile(r"(?:^|[\s(])[\"“](?=\w)[^\"“”]*[^\s.!?…:\"“”]$")
 _HALF_FORMULA = re.compile(r"\$(?![^$]*(?:[\"';]|(?<!\\)\b[A-Za-z]{3}))[^$]*(?:[=+]|\\(?:frac|cdot|times|sqrt|left|right|boxed)\{?)$")
 _MIN_PROSE_WORDS = 6
 
@@ -116,8 +116,8 @@ def _plain_quotes(text: str) -> str:
 
 
 def _is_quoted(text: str, place: int) -> bool:
-    """Whether a quotation mark is open at this place of its line."""
-    before = text[text.rfind("\n", 0, place) + 1 : place]
+    """Whether a quotation mark is open at this place of its line, as far as the 300 characters before it tell."""
+    before = text[max(0, place - 300) : place].rpartition("\n")[2]
     return before.count('"') % 2 == 1 or len(re.findall(r"(?<!\w)'|'(?!\w)", before)) % 2 == 1 or before.count("“") > before.count("”")
 
 
