@@ -37,17 +37,6 @@ _SELF = re.compile(
     r"(?:claude|bard|gemini|llama|qwen|copilot|mistral),? (?:an? (?:ai|large|language|virtual)|made|created|developed|trained)\b)"
     r"|\bmy (?:last )?knowledge (?:cut-?off|update)\b|\bmy (?:last )?training (?:data )?cut-?off\b|\bas of my last (?:training|update)\b"
 )
-_MODEL_SIGNS = (
-    "an ai",
-    "artificial intelligence",
-    "language model",
-    "learning model",
-    "based model",
-    "my last ",
-    "my knowledge ",
-    "my training ",
-)
-_MAKER_SIGNS = ("ed by ", "made by ", "built by ")
 _MAKERS = re.compile(r" by (?:open ?ai|anthropic|google|deepmind|meta ai|microsoft|mistral|alibaba|cohere|deepseek|baidu|hugging)")
 _NAME = re.compile(r"\bi(?:'m| am) (?:chatgpt|gpt|claude|bard|gemini|llama|qwen|copilot|mistral)")
 _ASKS_ABOUT_MODELS = re.compile(
@@ -103,10 +92,13 @@ def names_itself(answer: str, asked: str) -> bool:
 
 def _may_name_itself(text: str) -> bool:
     """False for a text that holds no _SELF: a few plain searches instead of one slow pattern."""
-    for sign in _MODEL_SIGNS:
-        if sign in text:
-            return True
-    if any(sign in text for sign in _MAKER_SIGNS) and _MAKERS.search(text):
+    if "an ai" in text or "artificial intelligence" in text:
+        return True
+    if " model" in text and ("language model" in text or "learning model" in text or "based model" in text):
+        return True
+    if "my " in text and ("my last " in text or "my knowledge " in text or "my training " in text):
+        return True
+    if " by " in text and _MAKERS.search(text):
         return True
     return ("i am " in text or "i'm " in text) and bool(_NAME.search(text))
 
@@ -173,12 +165,12 @@ def has_loop(answer: str) -> bool:
 
 
 def _may_loop(words: list[str], needed: int) -> bool:
-    """Whether some phrase follows itself at one of the places that a loop of `needed` words cannot avoid, every half of that.
+    """Whether some phrase follows itself at one of the places that a loop of `needed` words cannot avoid, three fifths of that apart.
 
-    The first such place within a loop has its phrase twice more before the loop ends: a phrase is at most a fifth of the loop.
+    From the first such place within a loop, two fifths of the loop are left, and its phrase is at most one fifth.
     """
     longest = min(LOOP_PERIOD, len(words) // LOOP_REPEATS)
-    for place in range(0, len(words), needed // 2):
+    for place in range(0, len(words), needed * 3 // 5):
         word, following = words[place], words[place + 1 : place + 1 + longest]
         if word not in following:
             continue
