@@ -27,12 +27,12 @@ from pesc.data.filters import (
 from pesc.errors import DataError
 
 
-@pytest.mark.parametrize("answer", ["...", "…", "---", "```\n```", "<nooutput>", "<No Output>", "- \n- \n", "**"])
+@pytest.mark.parametrize("answer", ["...", "…", "---", "```\n```", "<nooutput>", "<No Output>", "- \n- \n- ", "."])
 def test_answers_without_content_are_empty(answer):
     assert is_empty(answer)
 
 
-@pytest.mark.parametrize("answer", ["no", "7", "?", "+", "No output", "🙂", "if x < 3 ...", "是", "-1"])
+@pytest.mark.parametrize("answer", ["no", "7", "?", "+", "No output", "🙂", "if x < 3 ...", "是", "-1", "**", "|", "<", "-"])
 def test_short_answers_are_not_empty(answer):
     assert not is_empty(answer)
 

@@ -136,7 +136,7 @@ def reason_to_drop(row: Conversation, config: FilterConfig) -> str | None:
     About 30 µs a row of 1,500 characters.  Raises DataError when `languages` is set and its package is not installed.
     """
     view = _Row(row, [message.content for message in row.messages if message.role == "assistant"])
-    return next((item.reason for item in _active(config) if item.is_bad(view, config)), None)
+    return next((item.reason for item in _active(config) if item.is_bad(view, config)), None)  # type: ignore[arg-type]  # frozen, so it has a hash
 
 
 @lru_cache(maxsize=32)

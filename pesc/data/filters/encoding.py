@@ -93,7 +93,7 @@ def is_other_language(answer: str, languages: Sequence[str]) -> bool:
 @cache
 def _cld2() -> Any:
     try:
-        import pycld2
+        import pycld2  # type: ignore[import-not-found]
     except ImportError:
         raise DataError("The setting filters.languages needs the package pycld2: pip install 'pesc[language]', or leave it out.") from None
     return pycld2

@@ -118,8 +118,8 @@ def _number(value: str) -> tuple[Fraction, int] | None:
     if unit := _UNIT.match(value):
         value = unit[1]
     if mixed := _MIXED.match(value):
-        whole = int(mixed[2]) + (Fraction(int(mixed[3]), int(mixed[4])) if int(mixed[4]) else 0)
-        return (-whole if mixed[1] == "-" else Fraction(whole)), -1
+        whole = Fraction(int(mixed[2])) + (Fraction(int(mixed[3]), int(mixed[4])) if int(mixed[4]) else 0)
+        return (-whole if mixed[1] == "-" else whole), -1
     match = _NUMBER.match(value)
     if not match or len(value) > 60:
         return None

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
-_EMPTY = re.compile(r"[\s.…\-–—_*#`~<>|\\]*(?:</?no ?(?:output|input|answer)>)?[\s.…\-–—_*#`~<>|\\]*")
+_EMPTY = re.compile(r"\.|…+|[.…\-–—_*#`~|]{3,}|</?no ?(?:output|input|answer)>")
 
+_LAYOUT_SPACE = re.compile(r"\s+(?![a-z])")
 _APOLOGY = r"(?:i(?:'m| am) (?:very |so |truly |really |terribly )?sorry|sorry|(?:my )?apologies|i apologi[sz]e|unfortunately|regrettably)"
 _KIND = r"(?:model|assistant|chat ?bot|bot|system|program|tool|entity|agent)"
 _MODEL = (
@@ -66,8 +67,11 @@ _MIN_PROSE_WORDS = 6
 
 
 def is_empty(answer: str) -> bool:
-    """Whether an answer is nothing but dots, dashes and marks of layout, or a placeholder such as <nooutput>."""
-    return len(answer) < 200 and bool(_EMPTY.fullmatch(answer.lower()))
+    """Whether an answer is nothing but a full stop, three marks of layout or more, or a placeholder such as <nooutput>.
+
+    One or two marks may be right: `**` is an operator.
+    """
+    return len(answer) < 200 and bool(_EMPTY.fullmatch(_LAYOUT_SPACE.sub("", answer.lower())))
 
 
 def is_refusal(answer: str) -> bool:
