@@ -133,7 +133,8 @@ FILTER_REASONS: tuple[str, ...] = tuple(item.reason for item in _FILTERS)
 def reason_to_drop(row: Conversation, config: FilterConfig) -> str | None:
     """The name of the first filter that throws this row out (one of FILTER_REASONS), or None.
 
-    About 30 µs a row of 1,500 characters.  Raises DataError when `languages` is set and its package is not installed.
+    About 55 µs for a row of 1,800 characters; parsing Python adds 140 µs to a row that holds some.
+    Raises DataError when `languages` is set and its package is not installed.
     """
     view = _Row(row, [message.content for message in row.messages if message.role == "assistant"])
     return next((item.reason for item in _active(config) if item.is_bad(view, config)), None)  # type: ignore[arg-type]  # frozen, so it has a hash
