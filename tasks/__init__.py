@@ -1,6 +1,7 @@
 """The Prefect tasks: one thin file a stage around the same body that `pesc run` uses.
 
 What it is
+    cluster.py      a stage's shards on Dask or Ray
     table.py        stage name -> task
     execution.py    the shared body: call a task on a job, build or open, show how far it is
     policy.py       Prefect's cache key and record, tied to the store
