@@ -46,7 +46,8 @@ class Execution(BaseModel):
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
     task_runner: Literal["local", "dask", "ray"] = Field(
-        default="local", description="Who does the shards of the data stages: processes of this machine, or (in a Prefect flow) Dask or Ray."
+        default="local",
+        description="Who does the shards of the data stages: processes of this machine, or (in a Prefect flow) Dask or Ray.",
     )
     cluster: str | None = Field(
         default=None, description="Address of a running Dask or Ray cluster. Default: one of num_workers processes on this machine."

@@ -22,6 +22,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -109,9 +110,7 @@ class _Cluster:
                 ) from error
         return self._started
 
-    def _submit(
-        self, runner: TaskRunner[Any], function: Callable[[Any], Any], items: Sequence[Any], chunk: range
-    ) -> PrefectFuture[bytes]:
+    def _submit(self, runner: TaskRunner[Any], function: Callable[[Any], Any], items: Sequence[Any], chunk: range) -> PrefectFuture[bytes]:
         shards = pickle.dumps((function, [items[index] for index in chunk]), pickle.HIGHEST_PROTOCOL)
         return runner.submit(SHARDS_TASK, {"shards": shards, "label": f"{self._address} {_title(chunk, len(items))}"})
 
@@ -131,7 +130,7 @@ def cut(count: int, chunks: int) -> list[range]:
     """At most `chunks` consecutive ranges that cover range(count), as equal as they can be.  Their number matters to no result."""
     chunks = min(count, chunks)
     bounds = [count * index // chunks for index in range(chunks + 1)] if count else [0]
-    return [range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(bounds)]
 
 
 def _title(chunk: range, total: int) -> str:
@@ -167,7 +166,7 @@ def _start_dask(execution: Execution, stack: ExitStack) -> tuple[TaskRunner[Any]
         runner = DaskTaskRunner(address=execution.cluster)
     else:
         own = {
-            "n_workers": count_workers(execution), "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0,
+            "n_workers": count_workers(execution), "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "memory_limit": 0,
             "env": {**ONE_THREAD, **_QUIET},
         }  # fmt: skip
         runner = DaskTaskRunner(cluster_kwargs=own)
