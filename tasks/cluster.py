@@ -18,6 +18,7 @@ Pitfalls
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -160,7 +161,7 @@ SHARDS_TASK = Task(
 
 
 def _start_dask(execution: Execution, stack: ExitStack) -> tuple[TaskRunner[Any], int]:
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     if execution.cluster is not None:
         runner = DaskTaskRunner(address=execution.cluster)
@@ -171,15 +172,18 @@ def _start_dask(execution: Execution, stack: ExitStack) -> tuple[TaskRunner[Any]
         }  # fmt: skip
         runner = DaskTaskRunner(cluster_kwargs=own)
     stack.enter_context(runner)
-    return runner, sum(runner.client.nthreads().values())
+    threads: Any = runner.client.nthreads()  # by worker; typed for the asynchronous client too
+    return runner, sum(threads.values())
 
 
 def _start_ray(execution: Execution, stack: ExitStack) -> tuple[TaskRunner[Any], int]:
-    from prefect_ray import RayTaskRunner
+    import ray  # pyright: ignore[reportMissingImports]  (an extra that the checks do without)
+    from prefect_ray.task_runners import RayTaskRunner  # pyright: ignore[reportMissingImports]
 
     if execution.cluster is not None:
         runner = RayTaskRunner(address=execution.cluster)
     else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use
         runner = RayTaskRunner(
             init_kwargs={
                 "num_cpus": count_workers(execution), "include_dashboard": False, "log_to_driver": False,
@@ -187,8 +191,6 @@ def _start_ray(execution: Execution, stack: ExitStack) -> tuple[TaskRunner[Any],
             }
         )  # fmt: skip
     stack.enter_context(runner)
-    import ray
-
     return runner, int(ray.cluster_resources().get("CPU", 1))
 
 

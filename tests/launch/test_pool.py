@@ -22,6 +22,7 @@ from pesc.launch.isolated import build_isolated
 from pesc.launch.pool import ShardError, count_workers, worker_pool
 from pesc.launch.supervise import child_environment
 from pesc.pipeline import Stage
+from pesc.run import run_recipe
 from pesc.stage import Execution, StageContext
 from tests.launch import shards
 from tests.launch.programs import ToyConfig
@@ -170,6 +171,16 @@ def test_a_worker_that_was_killed_while_it_had_nothing_to_do_is_replaced():
 def test_a_cluster_is_refused_with_the_way_to_get_one():
     with pytest.raises(RecipeError, match=r"only the Prefect flow can use a cluster: run `python -m flows.pipeline RECIPE`"):
         worker_pool(Execution(task_runner="dask"), "dedup").__enter__()
+
+
+def test_pesc_run_refuses_a_cluster_before_it_builds_and_hits_need_none(fakes, store, tiny_recipe):
+    elsewhere = tiny_recipe(execution={"task_runner": "ray"})
+    with pytest.raises(RecipeError, match=r"^execution.task_runner is 'ray', but only the Prefect flow"):
+        run_recipe(elsewhere, store)
+    assert fakes.CALLS == []
+    built = run_recipe(tiny_recipe(), store)
+    assert {outcome.how for outcome in run_recipe(elsewhere, store).values()} == {"hit"}  # the execution block is in no key
+    assert len(built) == 13
 
 
 def test_an_address_without_a_task_runner_is_an_error():
