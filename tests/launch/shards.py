@@ -33,7 +33,10 @@ def describe(number: int) -> dict:
     logging.getLogger("pesc.toy").warning("shard %d of the toy", number)
     print(f"printed by {number}")
     threads = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")]
-    return {"pid": os.getpid(), "threads": threads, "torch": "torch" in sys.modules, "number": number}
+    victim = Path("/proc/self/oom_score_adj")
+    return {
+        "pid": os.getpid(), "threads": threads, "torch": "torch" in sys.modules, "victim": victim.exists() and int(victim.read_text())
+    }  # fmt: skip
 
 
 def fail(number: int, at: tuple[int, ...]) -> int:

@@ -58,13 +58,14 @@ def test_shards_and_results_larger_than_the_socket_s_buffer_do_not_block(two):
     assert list(two(partial(shards.big, payload=payload), range(12))) == [payload[:1] * (1 << 21)] * 12
 
 
-def test_two_workers_share_the_shards_each_with_one_thread_and_without_torch(two, caplog):
+def test_two_workers_share_the_shards_each_with_one_thread_and_without_torch(caplog):
     caplog.set_level(logging.INFO, "pesc")
     with worker_pool(Execution(num_workers=2), "dedup") as map_shards:
         seen = list(map_shards(shards.describe, range(12)))
     assert len({one["pid"] for one in seen} - {os.getpid()}) == 2
     assert {tuple(one["threads"]) for one in seen} == {("1", "1", "false")}
     assert not any(one["torch"] for one in seen)
+    assert {one["victim"] for one in seen} <= {500, False}  # short of memory, the kernel ends a worker, not the one that can say so
     assert sorted(r.getMessage() for r in caplog.records if r.name == "pesc.toy") == sorted(f"shard {n} of the toy" for n in range(12))
 
 

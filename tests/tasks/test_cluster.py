@@ -150,6 +150,7 @@ def test_a_stage_makes_the_same_object_on_workers_and_on_a_cluster(tmp_path, mon
 
 
 @needs_dask
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server", "fakes", "two_in_flight")
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_bad_row_fails_the_flow_with_the_same_sentence(tmp_path, monkeypatch, isolated):
