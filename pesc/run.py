@@ -16,6 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,16 +25,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pesc.errors import PescError, RecipeError, StoreError, disk_sentence
+from pesc.launch.pool import worker_pool
 from pesc.pipeline import Node, Stage, build_graph, stage_named
 from pesc.plan import PlannedAction, Selection, key_of, make_plan, reason_to_run
 from pesc.recipe import Recipe
-from pesc.stage import BuildResult, Execution, Progress, StageContext
+from pesc.stage import BuildResult, Execution, MapShards, Progress, StageContext
 from pesc.store import ArtifactRef, Manifest, Store
 from pesc.store.digest import FileEntry
 from pesc.store.manifest import Key, Output, OutputFile
 
 logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[Progress], None]
+OpenShards = Callable[[Execution, str], AbstractContextManager[MapShards]]
+"""Makes the `map_shards` of one stage run from its execution block and its address, and ends what it started."""
 
 
 class Job(BaseModel):
@@ -77,9 +81,12 @@ def make_job(node: Node, recipe: Recipe, refs: Mapping[str, ArtifactRef], refres
     return Job(address=node.address, recipe=recipe.name, key=key, inputs=inputs, execution=recipe.execution, refresh=refresh)
 
 
-def build_or_open(store: Store, job: Job, on_progress: ProgressCallback = lambda _p: None) -> Outcome:
+def build_or_open(
+    store: Store, job: Job, on_progress: ProgressCallback = lambda _p: None, open_shards: OpenShards = worker_pool
+) -> Outcome:
     """The result of a job: opened when the store has it, else built, published and committed.
 
+    `open_shards` says who does the shards of a stage: worker processes of this machine, unless the caller has a cluster to offer.
     Raises PescError: StoreBusyError when another process is building it, StageFailedError and its kin when the build fails.
     """
     started = time.monotonic()
@@ -91,7 +98,8 @@ def build_or_open(store: Store, job: Job, on_progress: ProgressCallback = lambda
             return Outcome(job.address, manifest.ref, "hit", time.monotonic() - started)
         workspace.clear_output()
         began = datetime.now(UTC)
-        result = _call_builder(stage, _context(store, job, workspace.root, on_progress))
+        with open_shards(job.execution, job.address) as map_shards:
+            result = _call_builder(stage, _context(store, job, workspace.root, on_progress, map_shards))
         digest, entries = store.publish(workspace.out)
         seconds = time.monotonic() - started
         manifest = _manifest(job, stage, digest, entries, result, began, seconds)
@@ -211,7 +219,7 @@ def _blocked_sentence(recipe: Recipe, blocked: list[PlannedAction]) -> str:
     )
 
 
-def _context(store: Store, job: Job, work: Path, on_progress: ProgressCallback) -> StageContext:
+def _context(store: Store, job: Job, work: Path, on_progress: ProgressCallback, map_shards: MapShards) -> StageContext:
     stage = stage_named(job.key.stage)
     return StageContext(
         address=job.address,
@@ -221,6 +229,7 @@ def _context(store: Store, job: Job, work: Path, on_progress: ProgressCallback) 
         work=work,
         execution=job.execution,
         on_progress=on_progress,
+        map_shards=map_shards,
     )
 
 

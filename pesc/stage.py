@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StageConfig(BaseModel):
@@ -45,6 +45,19 @@ class Execution(BaseModel):
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
+    task_runner: Literal["local", "dask", "ray"] = Field(
+        default="local",
+        description="Who does the shards of the data stages: processes of this machine, or (in a Prefect flow) Dask or Ray.",
+    )
+    cluster: str | None = Field(
+        default=None, description="Address of a running Dask or Ray cluster. Default: one of num_workers processes on this machine."
+    )
+
+    @model_validator(mode="after")
+    def _a_cluster_has_a_runner(self) -> Execution:
+        if self.cluster is not None and self.task_runner == "local":
+            raise ValueError(f"cluster is {self.cluster!r}, but task_runner is local: set task_runner to dask or ray, or remove cluster.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,10 @@ class BuildResult:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+MapShards = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""The type of `StageContext.map_shards`."""
+
+
 def map_here(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """The plainest `StageContext.map_shards`: one after the other, in this process."""
     return map(function, items)
@@ -92,7 +109,7 @@ class StageContext:
     work: Path
     execution: Execution = field(default_factory=Execution)
     on_progress: Callable[[Progress], None] = lambda _progress: None
-    map_shards: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]] = map_here
+    map_shards: MapShards = map_here
 
     def progress(self, done: float, total: float, unit: str = "steps", message: str = "", **fields: float) -> None:
         """Report progress; cheap enough to call for every unit."""

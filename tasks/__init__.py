@@ -1,6 +1,7 @@
 """The Prefect tasks: one thin file a stage around the same body that `pesc run` uses.
 
 What it is
+    cluster.py      a stage's shards on Dask or Ray
     table.py        stage name -> task
     execution.py    the shared body: call a task on a job, build or open, show how far it is
     policy.py       Prefect's cache key and record, tied to the store
@@ -11,8 +12,8 @@ Key contracts
 - The store is the one truth. Prefect's cache record lies inside the action's directory, is removed when the store misses the action,
   and is written when the store has it. A task is `Cached` exactly when the store has the result.
 - A task returns an `ArtifactRef` of under 1 KB, never data.
-- A task is called directly, never `.submit()`ed: only the main thread receives a cancellation, and only from there may a stage's
-  processes be started (`pesc.launch`).
+- A stage's task is called directly, never `.submit()`ed: only the main thread receives a cancellation, and only from there may a stage's
+  processes be started (`pesc.launch`). Its shards may be submitted to a cluster's task runner (`cluster.py`).
 - Where the store is, is decided at each call and never at import.
 
 Never: mathematics, data, or a decision about what runs; those are in `pesc`.

@@ -19,6 +19,7 @@ from pesc.errors import PescError, StoreError
 from pesc.pipeline import stage_named
 from pesc.run import Job, Outcome, build_or_open
 from pesc.store import ArtifactRef, Store
+from tasks.cluster import open_shards
 from tasks.policy import StagePolicy
 from tasks.reporting import ProgressReport, publish_result
 
@@ -64,7 +65,7 @@ def run_job(stage: StageTask, job: Job, store: Store) -> Outcome:
 
 
 def _execute(job: Job, store: Store) -> ArtifactRef:
-    outcome = build_or_open(store, job, ProgressReport(job, get_run_logger()))
+    outcome = build_or_open(store, job, ProgressReport(job, get_run_logger()), open_shards)
     if outcome.how == "built":
         publish_result(store, outcome)
     return outcome.ref

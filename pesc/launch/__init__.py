@@ -6,6 +6,8 @@ What it is
     events.py     one JSON event a line, on the same stdout as everybody else's noise
     torchrun.py   the command line that starts the ranks
     isolated.py   run a stage's builder in a process of its own
+    pool.py       worker processes for the shards of a stage
+    relay.py      shards of an isolated builder, done by whoever started it
 
 Promises
     No process is left behind: not after an exception, Ctrl-C, SIGTERM, or SIGKILL of the caller.

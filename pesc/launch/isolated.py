@@ -3,12 +3,14 @@
     python -m pesc.launch.isolated JOB.json        (what the child runs; `build_isolated` starts it)
 
 The job names the builder, its settings and its directories.  Progress and log records of `pesc` come back as events, the result or
-the error as `result.json` in the workspace, everything else that the child prints is in `log.txt` there.
+the error as `result.json` in the workspace, everything else that the child prints is in `log.txt` there.  Shards are done by worker
+processes of the child, or, where the execution block names a cluster, by the caller's `map_shards`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -23,8 +25,10 @@ from pesc import errors
 from pesc.errors import PescError, PreemptedError, StageFailedError, StoreError, disk_sentence
 from pesc.launch import supervise
 from pesc.launch.events import LogEmitter, ProgressEmitter, relay
+from pesc.launch.pool import worker_pool
+from pesc.launch.relay import ShardServer, relayed_shards
 from pesc.pipeline import Stage
-from pesc.stage import BuildResult, Execution, StageContext
+from pesc.stage import BuildResult, Execution, MapShards, StageContext
 
 JOB_NAME, RESULT_NAME, LOG_NAME = "job.json", "result.json", "log.txt"
 _FAILED_BY_ERROR = 3
@@ -40,11 +44,13 @@ def build_isolated(stage: Stage, ctx: StageContext) -> BuildResult:
     for old in (result_path, log_path):
         old.unlink(missing_ok=True)
     job_path.write_text(json.dumps(_describe(stage, ctx), indent=1), encoding="utf-8")
+    server = ShardServer(ctx.map_shards)
     outcome = supervise.run(
         [sys.executable, "-m", "pesc.launch.isolated", str(job_path.resolve())],
         env={"TQDM_DISABLE": os.environ.get("TQDM_DISABLE", "1")},  # progress comes as events; bars would fill the log
         log_path=log_path,
-        on_event=lambda event: relay(event, ctx.on_progress),
+        on_event=lambda event: server.take(event) or relay(event, ctx.on_progress),
+        step=server.step,
     )
     if outcome.returncode in (0, _FAILED_BY_ERROR) and result_path.exists():
         return _read_result(json.loads(result_path.read_text(encoding="utf-8")))
@@ -126,6 +132,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def _shards(ctx: StageContext) -> contextlib.AbstractContextManager[MapShards]:
+    """The child's own worker processes, or the caller's cluster."""
+    if ctx.execution.task_runner == "local":
+        return worker_pool(ctx.execution, ctx.address)
+    return contextlib.nullcontext(relayed_shards(ctx.work))
+
+
 def main(job_path: Path) -> int:
     """Run the job of a file.  Any error but a PescError leaves its traceback in the log."""
     job = json.loads(job_path.read_text(encoding="utf-8"))
@@ -141,7 +154,8 @@ def main(job_path: Path) -> int:
     )
     result_path = ctx.work / RESULT_NAME
     try:
-        result = _load(job["builder"])(ctx)
+        with _shards(ctx) as map_shards:
+            result = _load(job["builder"])(dataclasses.replace(ctx, map_shards=map_shards))
     except PescError as error:
         logging.getLogger(__name__).debug("%s", error, exc_info=True)
         write_json(result_path, {"error": error_record(error)})

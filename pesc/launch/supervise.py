@@ -50,10 +50,12 @@ def run(
     on_event: Callable[[Event], object],
     grace_seconds: float = 20.0,
     pids_dir: Path | None = None,
+    step: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Run a command to its end, in the caller's main thread.
 
     env: variables added to `child_environment()`.  pids_dir: where members of other sessions (ranks) leave their pids.
+    step: work of the caller's own, a piece at a time between two reads; true while there is more.
     A log file that exists is continued.  Raises whatever interrupted it, with the tail of the log as a note.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -69,7 +71,7 @@ def run(
         )
         output = _Output(process, log, on_event)
         try:
-            output.follow()
+            output.follow(step)
         except BaseException as error:
             output.on_event = None
             _stop(process, output, grace_seconds)
@@ -115,18 +117,19 @@ class _Output:
         """The last lines that were not events."""
         return "\n".join(self._lines)
 
-    def follow(self) -> None:
-        """Read until the command has ended and the pipe is empty.
+    def follow(self, step: Callable[[], bool]) -> None:
+        """Read until the command has ended and the pipe is empty; do a piece of the caller's work between two reads.
 
         A grandchild may hold the pipe open after the command is gone, so the end of the pipe is waited for only a moment.
         """
         is_open = True
         while self._process.poll() is None:
+            seconds = 0 if step() else _POLL_SECONDS
             if is_open:
-                is_open = self.pump(_POLL_SECONDS)
+                is_open = self.pump(seconds)
             else:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_POLL_SECONDS)
+                    self._process.wait(seconds)
         self.drain(_DRAIN_SECONDS)
 
     def drain(self, seconds: float) -> None:
