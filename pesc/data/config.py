@@ -12,6 +12,7 @@ Format = Literal[
     "auto",
     "sharegpt",
     "messages",
+    "prompt_completion",
     "alpaca",
     "query_response",
     "problem_solution",
