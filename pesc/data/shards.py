@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pesc.data.rows import kind_of, read_part
-from pesc.data.streams import SEPARATOR_BYTES, Layout, TextBytes, compression_of, find_cuts, has_wide_mark
+from pesc.data.streams import SEPARATOR_BYTES, Layout, TextBytes, compression_of, find_cuts, has_wide_mark, line_feeds
 from pesc.data.table_rows import batch_sizes, group_sizes
-from pesc.errors import DataError
 
 TARGET_BYTES = 32 << 20
 
@@ -84,22 +83,30 @@ def _table_starts(sizes: list[tuple[int, int]], target: int) -> Iterator[tuple[i
 def _json_starts(path: Path, layout: Layout, target: int) -> Iterator[tuple[int, int]]:
     """Found in one pass over the bytes: places behind a separator, and the rows before them."""
     with path.open("rb") as stream:
-        marked = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
-    size, skip, text = path.stat().st_size, SEPARATOR_BYTES[layout], TextBytes(path)
-    offset, rows, goal = marked, 0, target
-    for block, places, closed in find_cuts(iter(text), layout):
-        index = 0
-        while index < len(places):
-            index += int(places[index:].searchsorted(goal - offset - skip))
-            if index == len(places):
-                break
-            start = offset + int(places[index]) + skip
-            index += 1
+        offset = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+    size, rows, goal = path.stat().st_size, 0, target
+    for block, places in _blocks(path, layout):
+        if places is None and goal > offset + len(block):  # counting is faster than finding
+            rows, offset = rows + block.count(b"\n"), offset + len(block)
+            continue
+        starts = offset + SEPARATOR_BYTES[layout] + (line_feeds(block) if places is None else places)
+        index = int(starts.searchsorted(goal))
+        while index < len(starts):
+            start, index = int(starts[index]), index + 1
             if start < size:
                 yield start, rows + index + 1
             goal = start + target
-        rows, offset = rows + len(places), offset + len(block)
+            index += int(starts[index:].searchsorted(goal))
+        rows, offset = rows + len(starts), offset + len(block)
+
+
+def _blocks(path: Path, layout: Layout) -> Iterator[tuple[bytes, Any]]:
+    """The blocks of a file, and where elements end in each; of lines they are not looked for yet."""
+    text = TextBytes(path)
+    if layout == "lines":
+        yield from ((block, None) for block in text)
+        return
+    for block, places, closed in find_cuts(iter(text), layout):
+        yield block, places
         if closed is not None:
             return
-    if text.broken:
-        raise DataError(f"{path.name} cannot be read: {text.broken}. Fetch the file again.")

@@ -130,6 +130,11 @@ SEPARATOR_BYTES: dict[Layout, int] = {"lines": 1, "array": 1, "objects": 0}
 """Bytes of the separator itself, which belong to no row."""
 
 
+def line_feeds(block: bytes) -> np.ndarray[Any, Any]:
+    """Places of the line feeds in a block."""
+    return np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+
+
 def find_cuts(blocks: Iterator[bytes], layout: Layout, inside: bool = False) -> Iterator[Cuts]:
     """The rows' ends in each block.  inside: the first block begins between two elements of an array, behind its `[`.
 
@@ -137,7 +142,7 @@ def find_cuts(blocks: Iterator[bytes], layout: Layout, inside: bool = False) -> 
     """
     if layout == "lines":
         for block in blocks:
-            yield Cuts(block, np.flatnonzero(np.frombuffer(block, np.uint8) == 10))
+            yield Cuts(block, line_feeds(block))
         return
     scanner = _Brackets(1 if inside else 0)
     held = b""
@@ -150,8 +155,7 @@ def find_cuts(blocks: Iterator[bytes], layout: Layout, inside: bool = False) -> 
         yield Cuts(held, np.empty(0, np.int64))
 
 
-_KINDS = np.zeros(256, np.bool_)
-_KINDS[list(b'"[]{},')] = True
+_KINDS = bytes(code in b'"[]{},\\' for code in range(256))
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"[{")] = 1
 _STEPS[list(b"]}")] = -1
@@ -179,19 +183,28 @@ class _Brackets:
 
     def _scan(self, block: bytes) -> tuple[Any, Any, Any]:
         """Places and bytes of brackets and commas outside of strings, and the depth after each."""
-        if b"\\" in block:
-            block = block.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-        values = np.frombuffer(block, np.uint8)
-        places = np.flatnonzero(_KINDS[values])
-        codes = values[places]
-        quotes = codes == ord('"')
+        places = np.flatnonzero(np.frombuffer(block.translate(_KINDS), np.bool_))
+        codes = np.frombuffer(block, np.uint8)[places]
+        quotes = (codes == ord('"')) & ~_escaped(places, codes == ord("\\"))
         parity = (np.cumsum(quotes) + self.in_string) & 1
         self.in_string = int(parity[-1]) if len(parity) else self.in_string
-        outside = ~quotes & (parity == 0)
+        outside = (_STEPS[codes] != 0) | (codes == ord(","))
+        outside &= parity == 0
         places, codes = places[outside], codes[outside]
         depths = self.depth + np.cumsum(_STEPS[codes], dtype=np.int64)
         self.depth = int(depths[-1]) if len(depths) else self.depth
         return places, codes, depths
+
+
+def _escaped(places: Any, backslash: Any) -> Any:
+    """Which places stand behind an odd number of backslashes."""
+    if not backslash.any():
+        return np.zeros(len(places), np.bool_)
+    joined = np.empty(len(places), np.bool_)  # to the backslash right before it
+    joined[:1] = False
+    joined[1:] = backslash[:-1] & (np.diff(places) == 1)
+    run_start = np.maximum.accumulate(np.where(joined, 0, np.arange(len(places))))
+    return joined & ((np.arange(len(places)) - run_start) % 2 == 1)
 
 
 class Piece(NamedTuple):

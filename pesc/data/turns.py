@@ -79,10 +79,8 @@ def clean(value: Any, field: str) -> str:
 
 def _part(part: Any, field: str) -> str:
     """A text part of a multi-part content."""
-    if isinstance(part, str):
-        return part
     if not isinstance(part, Mapping):
-        raise RowError(field, f"has a {type(part).__name__} as a part; only texts can be trained on")
+        raise RowError(field, "is a list, not a text")
     kind = part.get("type")
     text = part.get("text")
     text = part.get("value") if text is None else text
