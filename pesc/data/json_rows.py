@@ -95,14 +95,14 @@ def _read_sequence(pieces: Iterator[Any], text: TextBytes, number: int, lines: b
 def _read_array(pieces: Iterator[Any], text: TextBytes, number: int) -> Iterator[tuple[int, Any]]:
     bracket, closed = text.start == 0, False
     for data, end in pieces:
-        if bracket and data is not None:
-            data = data.lstrip(_SPACE).removeprefix(b"[")
+        if data is not None:
+            data = (data.lstrip(_SPACE).removeprefix(b"[") if bracket else data).strip(_SPACE)
         bracket = False
         if end == "rest":
             yield from _read_tail(data, text, number, closed)
             return
         closed = end == "close"
-        if end == "separator" or data is None or data.strip(_SPACE):
+        if end == "separator" or data is None or data:
             yield number, decode_row(data)
             number += 1
 
@@ -112,7 +112,7 @@ def _read_tail(data: bytes | None, text: TextBytes, number: int, closed: bool) -
     if text.broken:
         yield number, broken_row(text)
     elif closed:
-        if data is None or data.strip(_SPACE):
+        if data is None or data:
             yield number, BadRow("is behind the end of the array: what follows is not read")
     elif text.stop is None:
         yield number, BadRow("breaks off: the file ends inside of the array, and rows after this one are lost")
