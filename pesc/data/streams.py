@@ -26,7 +26,12 @@ MAX_ROW_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
 _ZSTD_BLOCK = 1 << 16
 """pyarrow gives nothing of the read in which a damaged file breaks off, so reads are small."""
-_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 Layout = Literal["lines", "array", "objects"]
 
 

@@ -122,9 +122,7 @@ def test_a_cut_connection_is_resumed_by_the_next_run(tmp_path, hub):
     assert not list((tmp_path / "0" / "work").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("model.safetensors", "SHA-256"), ("config.json", "git id")], ids=["large-file storage", "git"]
-)
+@pytest.mark.parametrize(("name", "kind"), [("model.safetensors", "SHA-256"), ("config.json", "git id")], ids=["large-file storage", "git"])
 def test_bytes_that_are_not_those_of_the_commit_are_refused_and_forgotten(tmp_path, hub, name, kind):
     good = hub.files["model", "org/tiny"][name]
     hub.tampered[name] = bytes(len(good) - 1) + b"!"

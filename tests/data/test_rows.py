@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import feather
 import pytest
+from pyarrow import feather
 
 from pesc.data import streams
 from pesc.data.conversation import BadRow
@@ -32,7 +32,12 @@ ROWS = [{"query": "1+1 =\n?", "response": "2"}, {"query": "ü", "response": "„
 
 
 PLAIN_KINDS = ("jsonl", "ndjson", "json", "lines.json", "objects.json", "csv", "tsv")
-PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lambda data: lzma.compress(data, preset=0), ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+PACKED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lambda data: lzma.compress(data, preset=0),
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
 
 
 def plain_bytes(kind: str, rows: list[dict[str, str]]) -> bytes:
@@ -167,7 +172,9 @@ def test_a_truncated_archive_keeps_the_rows_before_the_break(tmp_path, kind, pac
     assert "breaks off" in bad.reason
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a": 2}', b'[{"a": 1}, {"a": 2},', b'[{"a": 1}, {"a"', b'[{"a": 1}, {"a": 2}] {}', b"[1, 2"])
+@pytest.mark.parametrize(
+    "content", [b'[{"a": 1}, {"a": 2}', b'[{"a": 1}, {"a": 2},', b'[{"a": 1}, {"a"', b'[{"a": 1}, {"a": 2}] {}', b"[1, 2"]
+)
 def test_an_array_that_does_not_end_right_is_one_bad_row_at_its_end(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     rows = [row for _, row in read_rows(tmp_path / "a.json")]
@@ -193,7 +200,7 @@ def test_byte_order_marks_are_understood(tmp_path, encoding, kind):
     ],
 )
 def test_a_broken_csv_row_hides_no_other(tmp_path, line, says):
-    (tmp_path / "a.csv").write_bytes(b"query,response\r\na,\"b\nb\"\r\n" + line + b"\r\n\r\ne,f")
+    (tmp_path / "a.csv").write_bytes(b'query,response\r\na,"b\nb"\r\n' + line + b"\r\n\r\ne,f")
     (_, first), (number, bad), (_, last) = read_rows(tmp_path / "a.csv")
     assert (first, number, last) == ({"query": "a", "response": "b\nb"}, 2, {"query": "e", "response": "f"})
     assert isinstance(bad, BadRow)

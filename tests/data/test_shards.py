@@ -19,7 +19,9 @@ from pesc.data.conversation import BadRow
 from pesc.data.rows import read_rows
 from pesc.data.shards import plan_shards, read_shard
 
-TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(['"', "\\", '\\"', "\\\\", "],[", "}{", "\n", "\r\n", "{", "ü,"])
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ['"', "\\", '\\"', "\\\\", "],[", "}{", "\n", "\r\n", "{", "ü,"]
+)
 VALUE = st.recursive(TEXT | st.integers() | st.none() | st.booleans(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 ROW = st.dictionaries(TEXT, VALUE, max_size=3) | VALUE
 JUNK = st.sampled_from(['{"a": ', "nonsense", '{"a": NaN}', "", "   ", "[1, 2", '"\\ud800"', "\ufeff{}", "\0"])
