@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pesc.stage import StageContext
 
 log = logging.getLogger(__name__)
 _CONNECTIONS = 4
+_REPORT_SECONDS = 0.5
 _RESUMES = "files and parts of files that have arrived are kept, so running again resumes"
 
 
@@ -58,6 +59,10 @@ def fetch_hub(source: HubSource, config: SourceConfig, target: Path, ctx: StageC
     return {"repository": source.repo, **renamed, "revision": commit, "requested_revision": source.revision, **facts}
 
 
+class _StoppedError(Exception):
+    """Another file has failed, or the user has pressed Ctrl-C."""
+
+
 class _Snapshot:
     """Files of one commit on their way into `staging`."""
 
@@ -65,32 +70,41 @@ class _Snapshot:
         self.source, self.commit, self.what, self.staging, self.ctx = source, commit, what, staging, ctx
         self.done = self.total = 0
         self.lock = threading.Lock()
+        self.stopped = threading.Event()
 
     def fetch(self, files: list[Any]) -> None:
-        """Fetch files (as the hub lists them) side by side; the first failure ends the others after their file."""
+        """Fetch files (as the hub lists them) side by side.  A failure, or Ctrl-C, ends all of them; their parts are kept."""
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars("huggingface_hub.http_get")
         self.total = sum(file.size or 0 for file in files)
-        self.report(0)
-        pool = ThreadPoolExecutor(_CONNECTIONS)
-        try:
-            for _ in pool.map(self.fetch_file, files):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            waiting: set[Future[None]] = {pool.submit(self.fetch_file, file) for file in files}
+            try:
+                while waiting:
+                    self.ctx.progress(self.done, self.total, "bytes", f"{self.source.repo}@{self.commit[:12]}")
+                    finished, waiting = wait(waiting, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+            except BaseException:
+                self.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        self.ctx.progress(self.total, self.total, "bytes", self.source.repo)
 
-    def report(self, count: int) -> None:
-        """Say that so many bytes more are there."""
+    def count(self, size: int) -> None:
+        """Note that so many bytes more are there; raises _StoppedError when they are no longer wanted."""
+        if self.stopped.is_set():
+            raise _StoppedError
         with self.lock:
-            self.done += count
-            self.ctx.progress(self.done, self.total, "bytes", f"{self.source.repo}@{self.commit[:12]}")
+            self.done += size
 
     def fetch_file(self, file: Any) -> None:
         """One file: what is there already, the rest by a range request, then its digest."""
         path = self.staging / file.rfilename
         if path.exists():  # checked by the run that put it there
-            return self.report(file.size or 0)
+            self.count(file.size or 0)
+            return
         part = self.staging / ".parts" / hashlib.sha256(file.rfilename.encode()).hexdigest()
         part.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +112,6 @@ class _Snapshot:
             self._download(file, part)
         self._check(file, part)
         part.replace(path)
-        return None
 
     def _download(self, file: Any, part: Path) -> None:
         from huggingface_hub import constants, hf_hub_download, hf_hub_url
@@ -113,10 +126,10 @@ class _Snapshot:
         if file.size is not None and held > file.size:
             part.unlink()
             held = 0
-        self.report(held)
+        self.count(held)
         url = hf_hub_url(self.source.repo, file.rfilename, **place)
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        with _Part(part, self.report) as sink:
+        with _Part(part, self.count) as sink:
             http_get(url, sink, resume_size=held, headers=headers, expected_size=file.size)
 
     def _check(self, file: Any, part: Path) -> None:

@@ -134,6 +134,8 @@ def wanted_files(config: SourceConfig, paths: list[str], what: str) -> list[str]
     if config.gguf_file and config.gguf_file not in paths:
         held = ", ".join(path for path in paths if path.endswith(".gguf")) or "none"
         raise SourceError(f"{what} has no file {config.gguf_file!r} (gguf_file). Its GGUF files: {held}.")
+    if outside := [path for path in paths if path.startswith("/") or ".." in path.split("/")]:
+        raise SourceError(f"{what} lists the file {outside[0]!r}, which would be written outside of its folder. Do not use this source.")
     chosen = select_paths(paths, globs, what)
     return [config.gguf_file] if config.gguf_file and not config.include else chosen
 

@@ -164,6 +164,13 @@ def test_a_data_set_is_found_under_its_old_id(tmp_path, hub):
     assert tree_bytes(tmp_path / "0" / "out") == {"data.jsonl": ROWS}
 
 
+def test_a_file_that_would_be_written_elsewhere_is_refused(tmp_path, hub):
+    hub.files["model", "org/evil"] = {"config.json": b"{}", "../../evil.txt": b"boo"}
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:org/evil@main"})
+    assert "'../../evil.txt', which would be written outside" in answer["error"]
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
 def test_a_file_that_is_listed_but_missing_says_so(tmp_path, hub):
     hub.status["data/test.jsonl"] = 404
     (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:datasets/org/rows@main"})
