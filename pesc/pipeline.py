@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
         SourceConfig,
         1,
         "pesc.data.download:build",
-        ("pesc.data.download", "pesc.data.sources", "pesc.data.gguf"),
+        ("pesc.data.download", "pesc.data.sources", "pesc.data.hub", "pesc.data.url", "pesc.data.gguf"),
         summary="fetch and pin sources",
     ),
     Stage(
@@ -71,8 +71,14 @@ STAGES: tuple[Stage, ...] = (
         (
             "pesc.data.dedup",
             "pesc.data.rows",
+            "pesc.data.streams",
+            "pesc.data.json_rows",
+            "pesc.data.table_rows",
+            "pesc.data.shards",
             "pesc.data.functions",
             "pesc.data.conversation",
+            "pesc.data.formats",
+            "pesc.data.turns",
             "pesc.data.text",
             "pesc.data.filters",
             "pesc.data.exact_dedup",

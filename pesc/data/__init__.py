@@ -2,8 +2,11 @@
 
 Map
     sources.py        what a reference means; globs; the digest of local files           download.py    fetch and pin one source
+    hub.py            files of one commit of the hub, resumed and checked                 url.py         files at fsspec URLs
     gguf.py           a packaged GGUF model -> a Hugging Face directory (child process)
-    conversation.py   one conversation schema, from rows of any known format             rows.py        rows out of files
+    conversation.py   one conversation schema       formats.py  rows of each known format become it       turns.py  roles, texts, tool calls
+    rows.py           rows out of files             streams.py  text files cut into rows on their bytes   json_rows.py, table_rows.py
+    shards.py         row files cut into shards that workers read side by side
     functions.py      documented Python functions as code instructions                   text.py        words, and what they are keyed by
     filters.py        rows thrown out for what they are                                  exact_dedup.py equal conversations
     minhash.py        near-duplicates, each verified with the true Jaccard               decontaminate.py  benchmark questions in training rows

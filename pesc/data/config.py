@@ -12,6 +12,7 @@ Format = Literal[
     "auto",
     "sharegpt",
     "messages",
+    "prompt_completion",
     "alpaca",
     "query_response",
     "problem_solution",
@@ -26,7 +27,9 @@ Format = Literal[
 class SourceConfig(StageConfig):
     """One source of bytes; `download[NAME]` pins it."""
 
-    uri: str = Field(description="hub:ORG/NAME@REV, hub:datasets/ORG/NAME@REV, pypi:NAME==VERSION, or a local path (file:PATH).")
+    uri: str = Field(
+        description="hub:ORG/NAME@REV, hub:datasets/ORG/NAME@REV, pypi:NAME==VERSION, a URL (s3://, https:// …), or a path (file:PATH)."
+    )
     include: tuple[str, ...] = Field(default=(), description="Globs of the files to keep, relative to the source. Empty: all of them.")
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the fetched archive (pypi) or single file; checked."

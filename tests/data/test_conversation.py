@@ -12,6 +12,8 @@ from pesc.data.rows import read_rows
 
 USER, ANSWER, SYSTEM = Message("user", "Why?"), Message("assistant", "Because."), Message("system", "Be brief.")
 
+_TURNS = ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."})
+
 
 @pytest.mark.parametrize(
     ("row", "row_format", "messages"),
@@ -73,11 +75,41 @@ USER, ANSWER, SYSTEM = Message("user", "Why?"), Message("assistant", "Because.")
             (Message("user", "Two red, one green.\nHow many?"), Message("assistant", "3")),
         ),
         ({"question": "Why?", "answer": ["Because.", "Since."]}, "question_answer", (USER, ANSWER)),
+        (
+            {"id": "niv.1", "system_prompt": "Be brief.", "question": "Why?", "response": "Because."},
+            "question_answer",
+            (SYSTEM, USER, ANSWER),
+        ),
+        ({"prompt": "Why?", "completion": "Because."}, "prompt_completion", (USER, ANSWER)),
+        ({"prompt": "Why?", "response": "Because."}, "prompt_completion", (USER, ANSWER)),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+                "completion": [{"role": "assistant", "content": "Because."}],
+            },
+            "prompt_completion",
+            (SYSTEM, USER, ANSWER),
+        ),
+        (
+            {"instruction": "Why?", "input": "", "output": "Because.", "system": "Be brief.", "history": [["Why?", "Because."]]},
+            "alpaca",
+            (SYSTEM, USER, ANSWER, USER, ANSWER),
+        ),
+        ({"query": "Why?", "response": "Because.", "history": [], "system": None}, "query_response", (USER, ANSWER)),
+        (
+            {"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "summarization"},
+            "instruction_response",
+            (Message("user", "Sum up.\n\nA text."), Message("assistant", "Short.")),
+        ),
+        ({"conversations": [{"from": "Human", "value": "Why?"}, {"from": "GPT", "value": "Because."}]}, "sharegpt", (USER, ANSWER)),
+        ({"messages": [{"role": "developer", "content": "Be brief."}, *_TURNS]}, "messages", (SYSTEM, USER, ANSWER)),
+        ({"system": "Be brief.", "messages": [{"role": "system", "content": "Be brief."}, *_TURNS]}, "messages", (SYSTEM, USER, ANSWER)),
     ],
 )
 def test_a_row_of_each_format_is_detected_and_parsed(row, row_format, messages):
     assert detect_format(row) == row_format
     assert parse_row(row, row_format).messages == messages
+    assert parse_row(row).messages == messages
 
 
 def test_the_question_of_multiple_choice_is_bare():
@@ -95,6 +127,61 @@ def test_tools_are_not_lost():
     messages = parse_row({"conversations": turns, "tools": '[{"name": "weather"}]'}, "sharegpt").messages
     assert [message.role for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert messages[0].content == 'Tools:\n[{"name": "weather"}]'
+
+
+def test_tool_calls_without_content_are_turns_of_the_assistant():
+    """As OpenAI's chat API has them: null content, arguments as a JSON text, two calls at once and their two results."""
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Wien",  "days": 1.0}'}},
+        {"id": "2", "type": "function", "function": {"name": "time", "arguments": {"city": "Wien"}}},
+    ]
+    turns = [
+        {"role": "user", "content": "Weather and time?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "sun"},
+        {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "noon"}]},
+        {"role": "assistant", "content": "Sunny at noon.", "tool_calls": None},
+    ]
+    parsed = parse_row({"messages": turns, "tools": [{"type": "function", "function": {"name": "weather"}}]})
+    assert parsed.messages == (
+        Message("system", 'Tools:\n[{"function": {"name": "weather"}, "type": "function"}]'),
+        Message("user", "Weather and time?"),
+        Message(
+            "assistant",
+            '{"name": "weather", "arguments": {"city": "Wien",  "days": 1.0}}\n{"name": "time", "arguments": {"city": "Wien"}}',
+        ),
+        Message("tool", "sun\nnoon"),
+        Message("assistant", "Sunny at noon."),
+    )
+    assert parsed.questions == ("Weather and time?",)
+
+
+def test_a_call_behind_a_text_and_the_older_function_call_are_kept():
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "I look.", "function_call": {"name": "weather", "arguments": "not json"}},
+        {"role": "function", "name": "weather", "content": "sun"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    assert parse_row({"messages": turns}).messages[1].content == 'I look.\n{"name": "weather", "arguments": "not json"}'
+
+
+def test_a_row_without_tools_has_no_list_of_them():
+    assert parse_row({"messages": list(_TURNS), "tools": "[]"}).messages == (USER, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        ({"messages": None, "query": "Why?", "response": "Because."}, "query_response"),
+        ({"query": None, "response": "Because.", "instruction": "Why?"}, "instruction_response"),
+        ({"question": "Why?", "choices": None, "answer": "Because."}, "question_answer"),
+    ],
+)
+def test_columns_that_are_null_say_nothing_of_the_format(row, row_format):
+    """Tables that hold sets of several schemas have the columns of all in each row."""
+    assert detect_format(row) == row_format
+    assert parse_row(row).messages == (USER, ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +205,16 @@ def test_tools_are_not_lost():
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "part of type 'image'"),
         (["a"], "messages", "not a map of fields"),
+        ({"text": "Once upon a time."}, "auto", "field 'text' is a plain text without an answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "auto", r"the fields of no known format \(chosen, prompt, rejected\)"),
+        ({"query": "a", "response": None}, "auto", "'response' is empty"),
+        ({"query": "a\0b", "response": "c"}, "auto", "'query' holds a NUL character"),
+        ({"query": "a", "response": ["b", "c"]}, "auto", "'response' is a list, not a text"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "auto", "unknown role"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}, "auto", r"'messages\[1\]' is empty"),
+        ({"messages": [_TURNS[0], {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "auto", "without the name of a function"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, "auto", "'history' holds something else than a pair"),
+        (BadRow("is not valid JSON"), "auto", "is not valid JSON"),
     ],
 )
 def test_a_row_that_is_no_conversation_names_the_field(row, row_format, says):

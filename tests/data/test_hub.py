@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.data.hub_server import COMMIT, Hub, serve
 
 ROWS = b'{"query": "1+1", "response": "2"}\n' * 50
 PROGRAM = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 from pesc.data.config import SourceConfig
 from pesc.data.download import build
@@ -26,8 +27,9 @@ from pesc.stage import StageContext
 answers = []
 for number, settings in enumerate(json.loads(sys.argv[1])):
     root = Path(sys.argv[2]) / str(number)
+    shutil.rmtree(root / "out", ignore_errors=True)
     (root / "out").mkdir(parents=True)
-    (root / "work").mkdir()
+    (root / "work").mkdir(exist_ok=True)
     try:
         result = build(StageContext("test", SourceConfig(**settings), {}, root / "out", root / "work"))
         answers.append({"metrics": result.metrics, "provenance": result.provenance})
@@ -97,6 +99,82 @@ def test_every_refusal_of_the_hub_is_a_sentence(tmp_path, hub):
         assert answer["error"].startswith(f"{kind}: Source 'hub:")
         assert part in answer["error"]
         assert hub.url not in answer["error"]
+
+
+WEIGHTS = random.Random(1).randbytes(25 << 20)
+"""More than the client reads at a time, so that something has arrived when the line is cut."""
+
+
+def test_a_cut_connection_is_resumed_by_the_next_run(tmp_path, hub):
+    hub.files["model", "org/big"] = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+    hub.cut_after = 15 << 20
+    (cut,) = fetch(tmp_path, hub.url, {"uri": "hub:org/big@main"})
+    assert cut["error"].startswith("TransientSourceError")
+    assert "running again resumes" in cut["error"]
+    assert tree_bytes(tmp_path / "0" / "out") == {}
+    hub.cut_after, before = None, len(hub.requests)
+    (whole,) = fetch(tmp_path, hub.url, {"uri": "hub:org/big@main"})
+    assert whole["metrics"]["bytes"] == len(WEIGHTS) + 2
+    assert tree_bytes(tmp_path / "0" / "out") == {"config.json": b"{}", "model.safetensors": WEIGHTS}
+    resumed = [request for request in hub.requests[before:] if "model.safetensors" in request]
+    assert len(resumed) == 1
+    assert int(resumed[0].partition("bytes=")[2].rstrip("-")) >= 10 << 20, "what had arrived is not asked for again"
+    assert not list((tmp_path / "0" / "work").iterdir())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model.safetensors", "SHA-256"), ("config.json", "git id")], ids=["large-file storage", "git"])
+def test_bytes_that_are_not_those_of_the_commit_are_refused_and_forgotten(tmp_path, hub, name, kind):
+    good = hub.files["model", "org/tiny"][name]
+    hub.tampered[name] = bytes(len(good) - 1) + b"!"
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:org/tiny@main", "include": [name]})
+    assert answer["error"].startswith("SourceError")
+    assert f"{name} has the {kind}" in answer["error"]
+    assert tree_bytes(tmp_path / "0" / "out") == {}
+    hub.tampered.clear()
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:org/tiny@main", "include": [name]})
+    assert tree_bytes(tmp_path / "0" / "out") == {name: good}
+
+
+def test_a_branch_that_moves_gives_its_new_commit_and_the_old_one_stays_pinned(tmp_path, hub):
+    uri, moved = {"uri": "hub:datasets/org/rows@main", "include": ["data/test*"]}, "b" * 40
+    (first,) = fetch(tmp_path / "a", hub.url, uri)
+    hub.push(moved, {**hub.files, ("dataset", "org/rows"): {"data/test.jsonl": b"new\n"}})
+    second, pinned = fetch(tmp_path / "b", hub.url, uri, {**uri, "uri": f"hub:datasets/org/rows@{COMMIT}"})
+    assert [answer["provenance"]["revision"] for answer in (first, second, pinned)] == [COMMIT, moved, COMMIT]
+    assert tree_bytes(tmp_path / "b" / "0" / "out") == {"data/test.jsonl": b"new\n"}
+    assert tree_bytes(tmp_path / "b" / "1" / "out") == tree_bytes(tmp_path / "a" / "0" / "out") == {"data/test.jsonl": b"{}\n"}
+
+
+def test_a_run_that_was_cut_off_does_not_go_on_with_another_commit(tmp_path, hub):
+    hub.files["model", "org/big"] = {"model.safetensors": WEIGHTS}
+    hub.cut_after = 15 << 20
+    fetch(tmp_path, hub.url, {"uri": "hub:org/big@main"})
+    hub.cut_after, before = None, len(hub.requests)
+    hub.push("c" * 40, {**hub.files, ("model", "org/big"): {"model.safetensors": WEIGHTS[::-1]}})
+    fetch(tmp_path, hub.url, {"uri": "hub:org/big@main"})
+    assert tree_bytes(tmp_path / "0" / "out") == {"model.safetensors": WEIGHTS[::-1]}
+    assert not any("bytes=" in request for request in hub.requests[before:])
+
+
+def test_a_data_set_is_found_under_its_old_id(tmp_path, hub):
+    hub.files["dataset", "ise-uiuc/Magicoder-OSS-Instruct-75K"] = {"data.jsonl": ROWS}
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:datasets/ise-uiuc/Magicoder_oss_instruct_75k@main"})
+    assert answer["provenance"]["repository"] == "ise-uiuc/Magicoder-OSS-Instruct-75K"
+    assert answer["provenance"]["requested_repository"] == "ise-uiuc/Magicoder_oss_instruct_75k"
+    assert tree_bytes(tmp_path / "0" / "out") == {"data.jsonl": ROWS}
+
+
+def test_a_file_that_would_be_written_elsewhere_is_refused(tmp_path, hub):
+    hub.files["model", "org/evil"] = {"config.json": b"{}", "../../evil.txt": b"boo"}
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:org/evil@main"})
+    assert "'../../evil.txt', which would be written outside" in answer["error"]
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_file_that_is_listed_but_missing_says_so(tmp_path, hub):
+    hub.status["data/test.jsonl"] = 404
+    (answer,) = fetch(tmp_path, hub.url, {"uri": "hub:datasets/org/rows@main"})
+    assert "lists a file that it does not have (HTTP 404)" in answer["error"]
 
 
 def test_too_many_requests_say_wait(tmp_path, hub):

