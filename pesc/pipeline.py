@@ -81,7 +81,14 @@ STAGES: tuple[Stage, ...] = (
         ),
         summary="one schema, filters, exact and near duplicates, decontamination",
     ),
-    Stage("mix", MixConfig, 1, "pesc.data.mixture:build", ("pesc.data.mixture",), summary="draw the mixture by quota"),
+    Stage(
+        "mix",
+        MixConfig,
+        2,
+        "pesc.data.mixture:build",
+        ("pesc.data.mixture", "pesc.data.allocation", "pesc.data.reorder"),
+        summary="draw the mixture by quota",
+    ),
     Stage(
         "tokenize",
         TokenizeConfig,
