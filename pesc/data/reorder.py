@@ -75,7 +75,9 @@ def _scatter(file: Any, schema: Any, targets: np.ndarray, buckets: np.ndarray, w
     placed = schema.append(pa.field(_PLACE, pa.int64()))
     with ExitStack() as stack:
         names = range(int(buckets[-1]) + 1 if len(buckets) else 0)
-        writers = [stack.enter_context(pa.ipc.new_stream(stack.enter_context(pa.OSFile(f"{work / str(n)}.arrow", "wb")), placed)) for n in names]
+        writers = [
+            stack.enter_context(pa.ipc.new_stream(stack.enter_context(pa.OSFile(f"{work / str(n)}.arrow", "wb")), placed)) for n in names
+        ]
         done = 0
         for batch in file.iter_batches(batch_size=_READ_ROWS):
             places = targets[done : done + batch.num_rows]
