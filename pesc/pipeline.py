@@ -175,6 +175,8 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.records",
             "pesc.evaluate.tables",
             "pesc.evaluate.templates",
+            "pesc.figures",
+            "pesc.templates",
         ),
         summary="tables, plots, page",
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _runs(values: np.ndarray) -> Iterator[tuple[int, tuple[int, int]]]:
     """Each run of equal values with its half-open range."""
     if len(values):
         edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-        yield from ((int(values[start]), (start, end)) for start, end in zip(edges, edges[1:], strict=False))
+        yield from ((int(values[start]), (start, end)) for start, end in pairwise(edges))
 
 
 def _gather(path: Path, schema: Any, buckets: list[Path]) -> None:
