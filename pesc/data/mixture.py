@@ -12,6 +12,8 @@ first row that would go over its share: it is short by less than one row.
 Only the light columns are read to decide; the rows themselves are streamed into mixture.parquet and heldout.parquet.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
 from __future__ import annotations
 
 import hashlib

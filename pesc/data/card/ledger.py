@@ -1,5 +1,7 @@
 """What the removal ledger (removed.parquet) tells: how many rows went for which reason, examples, and which row stands for a duplicate."""
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
 from __future__ import annotations
 
 from collections import Counter

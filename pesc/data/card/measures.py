@@ -1,5 +1,7 @@
 """Lengths, turns and samples, measured on the mixture and on the packed blocks.  Light columns only; texts of the samples alone."""
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
 from __future__ import annotations
 
 from collections import Counter
