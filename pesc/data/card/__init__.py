@@ -43,12 +43,18 @@ def render_card(inputs: CardInputs) -> Card:
 
 
 def write_card(inputs: CardInputs, out: Path) -> tuple[Path, Path]:
-    """Write card.html and card.md below `out` (made if need be); returns their paths."""
+    """Write card.html and card.md below `out` (made if need be); returns their paths.
+
+    Raises DataError as `render_card` does, and for a directory that cannot be written.
+    """
+    from pesc.errors import DataError
     from pesc.store.store import write_atomic
 
     card = render_card(inputs)
-    out.mkdir(parents=True, exist_ok=True)
     page, text = out / "card.html", out / "card.md"
-    write_atomic(page, card.html.encode())
-    write_atomic(text, card.markdown.encode())
+    try:
+        write_atomic(page, card.html.encode())
+        write_atomic(text, card.markdown.encode())
+    except OSError as error:
+        raise DataError(f"The data card cannot be written to {out} ({error.strerror}). Give another directory.") from None
     return page, text
