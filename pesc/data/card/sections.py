@@ -33,13 +33,14 @@ def headline(inputs: CardInputs) -> tuple[str, str, list[tuple[str, str, str]]]:
         hits = total.get("contaminated")
         facts.append(("Contaminated rows", count(hits), "hold benchmark questions; removed" if hits else ""))
     if mix := inputs.objects.get("mix"):
-        total = read_stats(mix).get("total", {})
+        stats = read_stats(mix)
+        total, unit = stats.get("total", {}), stats.get("unit", "rows")
         missing = total.get("shortfall", 0)
         facts.append(
             (
                 "Rows in the mixture",
                 count(total.get("rows", total.get("drawn"))),
-                f"{missing:,} short of what was wanted" if missing else "as wanted",
+                f"{missing:,} {unit} short of what was wanted" if missing else "as wanted",
             )
         )
     if tokens := inputs.objects.get("tokenize"):
