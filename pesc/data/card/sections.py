@@ -170,18 +170,21 @@ def _example_texts(example: Example) -> Iterator[tuple[str, str]]:
 
 
 def duplicates_section(ledger: Ledger) -> Section:
-    """Which data set's rows stand for the duplicates of which."""
+    """Which data set's rows stand for the duplicates of which: a line a data set that lost rows, a column one that kept them."""
+    keepers = sorted({kept for pairs in ledger.pairs.values() for _, kept in pairs})
     rows = []
     for reason in (reason for reason in ledger.reasons if reason in ledger.pairs):
-        for (name, kept), number in sorted(ledger.pairs[reason].items(), key=lambda item: (-item[1], item[0])):
-            rows.append([reason_label(reason), name, kept, "within" if name == kept else "across", count(number)])
+        pairs = ledger.pairs[reason]
+        for name in sorted({name for name, _ in pairs}):
+            numbers = [pairs[name, kept] for kept in keepers]
+            rows.append([reason_label(reason), name, *map(count, numbers), count(sum(numbers))])
     sums: Counter[str] = Counter()
     for pairs in ledger.pairs.values():
         for (name, kept), number in pairs.items():
-            sums["within one data set" if name == kept else "across data sets"] += number
-    note = f"{sums['within one data set']:,} duplicates within one data set, {sums['across data sets']:,} across data sets. One row of each cluster stays."
-    table = Table(("Kind", "Removed from", "Kept in", "Where", "Rows"), rows, words=4)
-    return Section("duplicates", "Duplicates", (Note(note), table))
+            sums["within" if name == kept else "across"] += number
+    note = f"{sums['within']:,} duplicates within one data set, {sums['across']:,} across data sets. One row of each cluster stays."
+    header = ("Kind", "Removed from", *(f"kept in {name}" for name in keepers), "Sum")
+    return Section("duplicates", "Duplicates", (Note(note), Table(header, rows, words=2)))
 
 
 def contamination_section(table: Mapping[str, Any], datasets: Mapping[str, Any]) -> Section:
