@@ -278,6 +278,7 @@ def test_sources_show_what_a_moving_name_became():
     assert rows[1][2:] == ["not stated in the recipe", "not fetched yet", "–", "–"]
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(alphabet="`~|<>&\\*_#[]!\n x"))
 def test_text_cannot_leave_its_cell_or_its_block(cell, block):
     table = Table(("a", "b"), [[clip(cell), clip(block)]])

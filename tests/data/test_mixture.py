@@ -9,7 +9,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pesc.data.allocation import allocate, temperature_weights
@@ -47,6 +47,7 @@ def test_the_papers_mixture_is_312_104_104_thousand():
     assert allocate(520_000, WEIGHTS) == {"general": 312_000, "code": 104_000, "math": 104_000}
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 500),
     st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 50), min_size=1),
@@ -60,6 +61,7 @@ def test_places_are_filled_exactly_and_never_over(total, weights, data):
     assert all(0 <= given_places[name] <= available[name] for name in weights)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2000), st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 50), min_size=1))
 def test_without_limits_each_is_within_one_of_its_ideal(total, weights):
     places = allocate(total, weights)
@@ -141,6 +143,7 @@ def tokens_of(number: int) -> int:
     return 1 + (number * 7) % 13
 
 
+@settings(deadline=None)
 @given(STRATA, st.integers(1, 200), st.integers(1, 200), SETTINGS)
 def test_within_a_stratum_a_larger_mixture_holds_the_smaller_one(sizes, one, more, settings):
     """Between strata, largest remainders may move one place when the total grows."""
@@ -157,6 +160,7 @@ def test_a_larger_mixture_holds_the_smaller_one():
     assert small < set(drawn(rows, total=120, weights={"general": 2, "code": 1})[1])
 
 
+@settings(deadline=None)
 @given(STRATA, st.integers(1, 400), SETTINGS, st.randoms(use_true_random=False))
 def test_the_draw_has_no_copies_does_not_depend_on_row_order_and_adds_up(sizes, total, settings, random):
     table = pool(tokens_of, **sizes)
@@ -174,6 +178,7 @@ def test_the_draw_has_no_copies_does_not_depend_on_row_order_and_adds_up(sizes, 
         assert len(ids) == min(total, table.num_rows)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 500))
 def test_another_domain_does_not_change_the_rows_of_this_one(size, other):
     alone = drawn(pool(code=size + 1), total=10, held_out=5, weights={"code": 1})[1]
@@ -184,6 +189,7 @@ def test_another_domain_does_not_change_the_rows_of_this_one(size, other):
 # --- held out --------------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(STRATA.map(lambda sizes: {key: 20 * size for key, size in sizes.items()}), st.integers(1, 3000), st.integers(0, 30), SETTINGS)
 def test_held_out_rows_are_never_in_the_mixture(sizes, total, held_out, settings):
     table = pool(tokens_of, **sizes)
