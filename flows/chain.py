@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from pesc.data.card import DATA_STAGES
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph
 from pesc.plan import Plan, Selection, make_plan
@@ -15,7 +16,7 @@ from pesc.run import Job, Outcome, RunRecord, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job
-from tasks.reporting import publish_plan, publish_report, publish_summary
+from tasks.reporting import publish_card, publish_plan, publish_report, publish_summary
 from tasks.table import TASKS
 
 
@@ -63,6 +64,7 @@ def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, O
 def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome], record: RunRecord) -> None:
     log = get_run_logger()
     log.info("%s in %s: %s.", plan.recipe.name, store.root, ", ".join(f"{n} {status}" for status, n in plan.counts.items() if n))
+    data = [action.address for action in plan if action.address in DATA_STAGES]
     for step in resolve(plan.recipe, store, selection, hits_as_jobs=True):
         assert step.job is not None  # hits_as_jobs
         job = _once_a_run(store, step.job)
@@ -73,6 +75,8 @@ def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[
         outcomes[outcome.address] = outcome
         if outcome.how == "hit":
             log.info("%s cached, object %s", outcome.address, outcome.ref.digest[:8])
+        if outcome.address in data[-1:] and any(outcomes[address].how == "built" for address in data):
+            publish_card(store, plan.recipe)  # now, and not at the end: training may take days
 
 
 def _once_a_run(store: Store, job: Job) -> Job:

@@ -4,6 +4,7 @@ pesc recipes                              the recipes that ship with the package
 pesc plan demo                            what would run, and why
 pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
+pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc bench convert                        measure it on this machine
 
@@ -139,6 +140,23 @@ def explain(recipe: RecipeArgument, address: str, overrides: Overrides = None, s
         print(action.manifest.model_dump_json(indent=2, exclude={"output": {"files"}}))
     else:
         print(json.dumps(action.node.config.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def card(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option("--out", help="Directory that card.html and card.md are written to.", file_okay=False)],
+    overrides: Overrides = None,
+    store: StoreOption = None,
+) -> None:
+    """Write the data card of what has been built so far."""
+    from pesc.data.card import built_data, write_card
+
+    inputs = built_data(load_recipe(recipe, overrides or ()), _store(store))
+    for path in write_card(inputs, out):
+        print(path)
+    for address, reason in inputs.missing.items():
+        print(f"not on the card: {address} ({reason})")
 
 
 @app.command()

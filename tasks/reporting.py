@@ -19,6 +19,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from pesc.pipeline import Graph
 from pesc.plan import Plan
+from pesc.recipe import Recipe
 from pesc.run import Job, Outcome
 from pesc.stage import Progress
 from pesc.store import Manifest, Store
@@ -159,6 +160,15 @@ def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -
     text = (place / "report.md").read_text(encoding="utf-8")
     create_markdown_artifact(f"{text}\n\nPage: `{page}`\n", key=artifact_key("benchmarks", recipe), description=f"Results of {recipe}")
     create_link_artifact(page.as_uri(), link_text=str(page), key=artifact_key("page", recipe), description=f"Report page of {recipe}")
+
+
+@_best_effort
+def publish_card(store: Store, recipe: Recipe) -> None:
+    """The data card of what has been built so far."""
+    from pesc.data.card import built_data, render_card
+
+    text = render_card(built_data(recipe, store)).markdown
+    create_markdown_artifact(text, key=artifact_key("data-card", recipe.name), description=f"Data of {recipe.name}")
 
 
 @_best_effort

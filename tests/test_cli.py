@@ -31,6 +31,7 @@ def pesc(tmp_path):
         (["run", "demo", "--only", "train[moe]"], "Its train actions: train[pesc]"),
         (["explain", "demo", "evaluate[x]"], "has no action 'evaluate[x]'"),
         (["plan", "missing/recipe.yaml"], "no recipe file missing/recipe.yaml"),
+        (["card", "demo", "--out", "card"], "Nothing is built of the data of recipe 'demo'"),
         (["adopt", "demo", "mix", "--from", "ab", "--reason", "r"], "before its inputs are there"),
     ],
 )
@@ -74,3 +75,21 @@ def test_show_prints_a_recipe_that_loads_again(pesc, tmp_path):
 def test_gc_is_a_dry_run_and_fsck_of_an_empty_store_is_clean(pesc):
     assert "Would free 0.0 MB" in pesc("gc").stdout
     assert "0 actions, 0 objects: clean" in pesc("fsck").stdout
+
+
+def test_card_writes_what_is_built_and_names_what_is_not(pesc, tmp_path):
+    import yaml
+
+    from tests.data.card_recipe import small_recipe
+
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path / "sources", ["Why is the sky blue?", "Name a moon of Jupiter."])))
+    assert pesc("run", str(path), "--until", "mix").returncode == 0
+    done = pesc("card", str(path), "--out", str(tmp_path / "new" / "card"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("not on the card: tokenize (never built")
+    assert (tmp_path / "new" / "card" / "card.html").read_text().startswith("<!doctype html>")
+    assert "## The mixture" in (tmp_path / "new" / "card" / "card.md").read_text()
+    refused = pesc("card", str(path), "--out", str(path / "below-a-file"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("pesc: The data card cannot be written to ")

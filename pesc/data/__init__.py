@@ -11,7 +11,8 @@ Map
     filters.py        rows thrown out for what they are                                  exact_dedup.py equal conversations
     minhash.py        near-duplicates, each verified with the true Jaccard               decontaminate.py  benchmark questions in training rows
     dedup.py          chains the six above, writes rows and the removal ledger
-    mixture.py        quotas by domain, drawn with a seed
+    mixture.py        quotas by domain, drawn with a seed; held-out rows                     allocation.py  places by weight or temperature
+    reorder.py        chosen rows of a Parquet file in another order, streamed             card/          the data card: HTML and markdown
     chat.py           chat template -> text with the spans that carry loss               packing.py     best-fit-decreasing bins
     tokenization.py   text -> packed blocks
 
@@ -27,5 +28,8 @@ download host; silently drops a multi-turn row.
 Pitfalls
 - Globs follow `fnmatch`, as on the hub: `*` crosses `/`.  `**/` also matches nothing, so `**/*.parquet` finds files at the top.
 - A conversation that is equal to another of the same data set has the same id: the ledger tells them apart by file and row.
+- Places are split by largest remainders: within a stratum a larger mixture holds the smaller one, but when `total` grows a stratum may
+  lose one place to another.
+- Held-out rows are taken out before quotas are drawn, so `mix.held_out` changes which rows are left, never by more than 1 % of a domain.
 - Decontamination runs after near-duplicate removal on purpose: a near-duplicate of a contaminated row must not survive it.
 """

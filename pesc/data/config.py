@@ -156,12 +156,31 @@ def _override_error(dataset: str, item: Any) -> str:
 
 
 class MixConfig(StageConfig):
-    """Quotas by domain, drawn with a seed."""
+    """Quotas by domain, drawn with a seed, and rows that are held out of the mixture."""
 
-    total: int = Field(gt=0, description="Instructions in the mixture.")
-    weights: dict[str, float] = Field(min_length=1, description="Relative share of each domain, e.g. general: 3, code: 1, math: 1.")
+    total: int = Field(gt=0, description="Size of the mixture, in `unit`s.")
+    unit: Literal["rows", "tokens"] = Field(
+        default="rows", description="What `total` counts: rows, or tokens (approximate_tokens of dedup's rows)."
+    )
+    mode: Literal["quota", "temperature"] = Field(
+        default="quota", description="quota: by `weights`. temperature: by size n as n^(1/temperature)."
+    )
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="Relative share of each domain, e.g. general: 3, code: 1, math: 1. In temperature mode only its names count: "
+        "they are the domains that take part (empty: all).",
+    )
     dataset_weights: dict[str, float] = Field(
-        default_factory=dict, description="Relative share of data sets within their domain. Default: by size."
+        default_factory=dict,
+        description="Relative share of data sets within their domain. Default: by size. Not read when temperature_over is datasets.",
+    )
+    temperature: float = Field(default=1.0, ge=1, le=1000, description="1 keeps the sizes' proportions; the larger, the more equal.")
+    temperature_over: Literal["datasets", "domains"] = Field(default="datasets", description="Whose sizes the temperature is applied to.")
+    min_stratum_rows: int = Field(
+        default=20, ge=1, description="Strata of a data set with fewer rows are drawn from together; 1 keeps all of them apart."
+    )
+    held_out: int = Field(
+        default=64, ge=0, description="Rows of each domain that are never in the mixture (heldout.parquet); at most 1 % of the domain."
     )
     shortfall: Literal["redistribute", "keep", "fail"] = Field(
         default="redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."
@@ -169,10 +188,14 @@ class MixConfig(StageConfig):
     seed: int = Field(default=42, ge=0)
 
     @model_validator(mode="after")
-    def _weights_are_positive(self) -> MixConfig:
+    def _weights_are_usable(self) -> MixConfig:
         bad = [name for name, weight in {**self.weights, **self.dataset_weights}.items() if weight <= 0]
         if bad:
             raise ValueError(f"weights must be above 0, but {', '.join(bad)} is not")
+        if self.mode == "quota" and not self.weights:
+            raise ValueError("weights must name at least one domain, or set mode to temperature")
+        if self.mode == "quota" and self.temperature != 1:
+            raise ValueError("temperature has no effect on quotas: set mode to temperature, or leave it out")
         return self
 
 

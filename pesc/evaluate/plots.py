@@ -1,13 +1,10 @@
 """Plots of the report as SVG text: the same bytes for the same numbers, no date, no random ids.
 
-Colours of text, axes and grid are marks that `inline` turns into CSS variables, so that a plot inside the page follows light and dark
-mode; a plot written to a file keeps readable fixed ones.
+Style and conversion to SVG are those of every page (`pesc.figures`).
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +14,15 @@ from matplotlib.ticker import MaxNLocator
 
 from pesc.evaluate.comparison import Comparison
 from pesc.evaluate.records import Training
+from pesc.figures import INK, MUTED
+from pesc.figures import STYLE as _STYLE
+from pesc.figures import WIDTH as _WIDTH
+from pesc.figures import svg_text as _svg
 
-INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 FUNNEL_COLOURS = {"kept": "#009e73"}
 REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
-_STYLE: Any = {
-    "svg.hashsalt": "pesc", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
-}  # fmt: skip
-_WIDTH = 7.6
 
 
 def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
@@ -38,25 +32,6 @@ def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
         colours[arm] = ARM_COLOURS[kind] if kind not in taken else next(spare)
         taken.add(kind)
     return colours
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
-
-
-def inline(svg: str, prefix: str, label: str) -> str:
-    """The SVG for use inside HTML: ids made unique by `prefix`, colours from CSS variables, a label for screen readers."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
-    body = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', body)
-    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
-    for colour, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--line")):
-        body = body.replace(colour, f"var({variable})")
-    body = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", body, count=1)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:

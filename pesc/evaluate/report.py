@@ -236,14 +236,19 @@ def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples
 
 def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> str:
     """The self-contained HTML page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from pesc.evaluate import plots as drawing
     from pesc.evaluate import tables
+    from pesc.figures import inline
 
     environment = Environment(
-        loader=PackageLoader("pesc.evaluate", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=ChoiceLoader([PackageLoader("pesc.evaluate", "templates"), PackageLoader("pesc", "templates")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
@@ -252,7 +257,7 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
     }  # fmt: skip
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
-    inlined = {name: Markup(drawing.inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
+    inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
     return page.render(
         r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results)

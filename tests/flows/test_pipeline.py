@@ -148,3 +148,14 @@ def test_a_wrong_request_fails_before_anything_is_built(recipe_file, fakes, stor
     with pytest.raises(RecipeError):
         state.result()
     assert fakes.CALLS == []
+
+
+def test_the_data_card_is_published_once_the_data_is_there_and_only_when_it_is_new(recipe_file, fakes, store, monkeypatch):
+    cards = []
+    monkeypatch.setattr("flows.chain.publish_card", lambda _store, recipe: cards.append((recipe.name, fakes.CALLS[-1])))
+    run(recipe_file, store, until=["mix"])
+    assert cards == [("tiny", "mix")]
+    run(recipe_file, store)
+    assert cards[1:] == [("tiny", "tokenize")], "before the model is touched"
+    run(recipe_file, store, refresh=["evaluate[pesc]"])
+    assert len(cards) == 2

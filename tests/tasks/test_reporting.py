@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from pesc.pipeline import build_graph
 from pesc.plan import Selection, make_plan
+from pesc.recipe import recipe_from_dict
 from pesc.run import make_job, run_recipe
 from pesc.stage import Progress
 from tasks import reporting
+from tests.data.card_recipe import small_recipe
 
 
 @given(st.lists(st.text(), min_size=1))
@@ -105,3 +107,19 @@ def test_a_cancellation_passes_through_a_view(progress, monkeypatch):
     clock[0] = 11.0
     with pytest.raises(TerminationSignal):
         report(Progress(1, 2))
+
+
+def test_the_data_card_is_published_as_markdown(store, tmp_path, monkeypatch):
+    recipe = recipe_from_dict(small_recipe(tmp_path / "sources", ["Why is the sky blue?", "Name a moon of Jupiter."]))
+    run_recipe(recipe, store, Selection(until=("mix",)))
+    shown = {}
+    monkeypatch.setattr(reporting, "create_markdown_artifact", lambda text, key, **_: shown.update({key: text}))
+    reporting.publish_card(store, recipe)
+    assert list(shown) == ["data-card-small"]
+    assert "## The mixture" in shown["data-card-small"]
+    assert "| tokenize | never built" in shown["data-card-small"]
+
+
+def test_a_data_card_that_cannot_be_made_is_a_warning(store, tiny_recipe, caplog):
+    reporting.publish_card(store, tiny_recipe())
+    assert "Nothing is built of the data of recipe 'tiny'" in caplog.text
