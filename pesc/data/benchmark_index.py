@@ -25,6 +25,8 @@ Kind = Literal["verbatim", "reworded", "short", "number_twin"]
 BATCH_WORDS = 100_000
 SENTENCE_WORDS = 4  # shorter items are found as a whole turn only
 COMMON_SEED = 64  # 4-grams of more entries align nothing
+PHRASE = 3  # words of the phrases that make a word of an almost equal item common
+NEAR_SHARE = 0.6  # of the weight of an almost equal item
 TWIN_COVERAGE = 0.8
 TWIN_WORDS = 5  # words of a masked n-gram that are no numbers
 _RANK = {"verbatim": 0, "short": 1, "reworded": 2, "number_twin": 3}
@@ -58,6 +60,7 @@ class BenchmarkIndex:
     tables: _Tables
     weights: Weights
     masked_weights: Weights
+    near_weights: Weights
     _items: Sequence[Item] | None = None
     _directory: Path | None = None
     _pattern: np.ndarray = field(init=False, repr=False)
@@ -87,7 +90,9 @@ class BenchmarkIndex:
         offsets = np.cumsum([0, *map(len, order)])
         entries = Entries(np.array(vocabulary.numbers(chain.from_iterable(order)), dtype=np.int32), offsets)
         tables = _Tables(_plain(entries, ngram), _masked(entries, vocabulary, ngram), _seeds(entries, ngram))
-        weights = (word_weights(entries, table, ngram) for table in (tables.plain, tables.masked))
+        phrases = NgramTable.build(*windows_of(entries, mix(entries.words), PHRASE))
+        weights = [word_weights(entries, table, ngram) for table in (tables.plain, tables.masked)]
+        weights.append(word_weights(entries, phrases, PHRASE))
         return cls(ngram, coverage, vocabulary, entries, [numbers[tokens] for tokens in order], tables, *weights, _items=items)
 
     def save(self, directory: Path) -> None:
@@ -116,7 +121,7 @@ class BenchmarkIndex:
             return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
         tables = _Tables(*(NgramTable.from_arrays(part(f"{name}-")) for name in ("plain", "masked", "seeds")))
-        weights = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked"))
+        weights = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
         return cls(
             settings["ngram"],
             settings["coverage"],
@@ -136,6 +141,7 @@ class BenchmarkIndex:
             "entries": vars(self.entries),
             "plain_weights": vars(self.weights),
             "masked_weights": vars(self.masked_weights),
+            "near_weights": vars(self.near_weights),
         }
         return {f"{name}-{key}": array for name, arrays in parts.items() for key, array in arrays.items()}
 
@@ -291,9 +297,9 @@ class _Batch:
         edits = length - mask.bit_count()
         allowed = int(near_match.allowed_edits(length))
         base = int(index.entries.offsets[best.entry])
-        weight = np.diff(index.weights.sums[base : base + length + 1]).tolist()
+        weight = np.diff(index.near_weights.sums[base : base + length + 1]).tolist()
         share = sum(value for place, value in enumerate(weight) if mask >> place & 1) / sum(weight)
-        if edits > allowed or share < 1 - allowed / length or (index.weights.whole[best.entry] and edits):
+        if edits > allowed or share < NEAR_SHARE or (index.near_weights.whole[best.entry] and edits):
             return None
         differing = [place for place in range(length) if not mask >> place & 1]
         twin = bool(differing) and all(
