@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from pesc.data.text import words
 from pesc.data.vocabulary import Vocabulary
 from pesc.errors import DataError
 
-Kind = Literal["verbatim", "reworded", "short", "number_twin"]
+Kind = Literal["verbatim", "short", "reworded", "number_twin"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # what a hit shows first
 BATCH_WORDS = 100_000
 SENTENCE_WORDS = 4  # shorter items are found as a whole turn only
 COMMON_SEED = 64  # 4-grams of more entries align nothing
@@ -29,7 +30,6 @@ PHRASE = 3  # words of the phrases that make a word of an almost equal item comm
 NEAR_SHARE = 0.6  # of the weight of an almost equal item
 TWIN_COVERAGE = 0.8
 TWIN_WORDS = 5  # words of a masked n-gram that are no numbers
-_RANK = {"verbatim": 0, "short": 1, "reworded": 2, "number_twin": 3}
 _FORMAT = 1
 
 
@@ -156,7 +156,7 @@ class BenchmarkIndex:
     # --- searching --------------------------------------------------------------------------------------------------------------
 
     def find(self, rows: Iterable[Sequence[str]]) -> list[list[Hit]]:
-        """For each row, given as its bare user turns: the items in it, most covered first, one hit an item.  [] where there is none."""
+        """For each row, given as its bare user turns: the items in it, one hit an item, in the order of KINDS, then most covered first.  [] where there is none."""
         found: list[list[Hit]] = []
         for batch in self._batches(rows):
             found += batch.hits()
@@ -239,7 +239,7 @@ class _Batch:
         for (row, entry), (coverage, kind) in found.items():
             hits[row] += [Hit(item, coverage, kind) for item in self.index.entry_items[entry]]
         for row in hits:
-            row.sort(key=lambda hit: (_RANK[hit.kind], -hit.coverage, hit.item))
+            row.sort(key=lambda hit: (KINDS.index(hit.kind), -hit.coverage, hit.item))
         return hits
 
     def _whole_turns(self, found: dict[tuple[int, int], tuple[float, Kind]]) -> None:

@@ -17,6 +17,8 @@ from itertools import chain
 import numpy as np
 
 NUMBER = "#"
+_REMEMBERED = 200_000  # words with their numbers, those of the items included; 20 MB
+_LONGEST = 40  # characters
 _DIGITS = re.compile(r"\d+")
 _SPELLED = frozenset(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
@@ -40,7 +42,10 @@ class _Numbers(dict[str, int]):
 
     def __missing__(self, word: str) -> int:
         masked = mask_numbers(word)
-        return 0 if masked == word else self.masked.get(masked, 0)
+        number = 0 if masked == word else self.masked.get(masked, 0)
+        if len(self) < _REMEMBERED and len(word) <= _LONGEST:
+            self[word] = number
+        return number
 
 
 class Vocabulary:
