@@ -70,6 +70,7 @@ class BenchmarkIndex:
     def __post_init__(self) -> None:
         self._pattern = mix(np.arange(len(self.vocabulary.masked)))
         self._masked_pattern = mix(self.vocabulary.masked)
+        self.uniform_weights = Weights(np.arange(len(self.entries.words) + 1), np.zeros(len(self.entry_items), dtype=bool))
         lengths = self.entries.lengths
         self._short = {
             tuple(self.entries.words[self.entries.offsets[entry] : self.entries.offsets[entry + 1]].tolist()): entry
@@ -231,10 +232,9 @@ class _Batch:
         found: dict[tuple[int, int], tuple[float, Kind]] = {}
         pattern = self.index._pattern[self.numbers]
         self._whole_turns(found)
-        self._covered(found, self.index.tables.plain, pattern, self.index.weights, self.index.coverage, twin=False)
+        self._covered(found, pattern)
         self._near(found, pattern)
-        masked = self.index._masked_pattern[self.numbers]
-        self._covered(found, self.index.tables.masked, masked, self.index.masked_weights, TWIN_COVERAGE, twin=True)
+        self._twins(found, self.index._masked_pattern[self.numbers])
         hits: list[list[Hit]] = [[] for _ in range(self.num_rows)]
         for (row, entry), (coverage, kind) in found.items():
             hits[row] += [Hit(item, coverage, kind) for item in self.index.entry_items[entry]]
@@ -251,30 +251,48 @@ class _Batch:
             if entry is not None:
                 found[self.row_of[turn], entry] = (1.0, "short")
 
-    def _covered(
-        self,
-        found: dict[tuple[int, int], tuple[float, Kind]],
-        table: NgramTable,
-        pattern: np.ndarray,
-        weights: Weights,
-        least: float,
-        twin: bool,
-    ) -> None:
-        """Items of which the n-grams of one row cover more than `least`."""
+    def _covered(self, found: dict[tuple[int, int], tuple[float, Kind]], pattern: np.ndarray) -> None:
+        """Items of which the n-grams of one row cover more than the share that is allowed."""
         index = self.index
-        places, entry, start = table.find(window_hashes(pattern, index.ngram))
-        if not len(places):
-            return
-        row = self.rows[np.searchsorted(self.starts, places, side="right") - 1]
-        span = int(start.max()) + 1
-        key, start = np.divmod(np.unique((row * len(index.entries.lengths) + entry) * span + start), span)
-        row, entry = np.divmod(key, len(index.entries.lengths))
-        first, share = covered_share(weights, index.entries, np.stack([row, entry, start]), index.ngram)
-        row, entry = row[first], entry[first]
-        over = (share == 1) | ((share > least) & ~weights.whole[entry])
+        cells, _ = self._cells(index.tables.plain, pattern)
+        row, entry, share = self._shares(cells, index.weights)
+        over = (share == 1) | ((share > index.coverage) & ~index.weights.whole[entry])
         for one, other, covered in zip(row[over].tolist(), entry[over].tolist(), share[over].tolist(), strict=True):
-            kind: Kind = "number_twin" if twin else "verbatim" if covered == 1 else "reworded"
-            found.setdefault((one, other), (covered, kind))
+            found.setdefault((one, other), (covered, "verbatim" if covered == 1 else "reworded"))
+
+    def _twins(self, found: dict[tuple[int, int], tuple[float, Kind]], pattern: np.ndarray) -> None:
+        """Items that n-grams with masked numbers cover, by weight and by words, where a number differs."""
+        index = self.index
+        cells, differing = self._cells(index.tables.masked, pattern, compare=True)
+        row, entry, share = self._shares(cells, index.masked_weights)
+        _, _, plain_share = self._shares(cells, index.uniform_weights)
+        over = (np.minimum(share, plain_share) >= max(TWIN_COVERAGE, index.coverage)) & ~index.masked_weights.whole[entry]
+        over &= np.isin(row * len(index.entry_items) + entry, differing)
+        for one, other, covered in zip(row[over].tolist(), entry[over].tolist(), share[over].tolist(), strict=True):
+            found.setdefault((one, other), (covered, "number_twin"))
+
+    def _cells(self, table: NgramTable, pattern: np.ndarray, compare: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct sorted (row, entry, start) of the n-grams found, (3, hits).
+
+        With `compare`, also the row * E + entry of those where a word behind equal patterns differs.
+        """
+        index, size = self.index, self.index.ngram
+        places, entry, start = table.find(window_hashes(pattern, size))
+        row = self.rows[np.searchsorted(self.starts, places, side="right") - 1] if len(places) else places
+        pair = row * len(index.entry_items) + entry
+        span = int(start.max(initial=0)) + 1
+        key, distinct_start = np.divmod(np.unique(pair * span + start), span)
+        cells = np.stack([*np.divmod(key, max(len(index.entry_items), 1)), distinct_start])
+        if not compare:
+            return cells, pair[:0]
+        window = np.arange(size)
+        ours = index.entries.words[(index.entries.offsets[entry] + start)[:, None] + window]
+        return cells, np.unique(pair[(self.numbers[places[:, None] + window] != ours).any(axis=1)])
+
+    def _shares(self, cells: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row, entry and covered share of each pair among the cells."""
+        first, share = covered_share(weights, self.index.entries, cells, self.index.ngram)
+        return cells[0][first], cells[1][first], share
 
     def _near(self, found: dict[tuple[int, int], tuple[float, Kind]], pattern: np.ndarray) -> None:
         """Items that lie in a turn almost word for word, and short ones that are a sentence or a line of it."""

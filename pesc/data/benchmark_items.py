@@ -84,6 +84,8 @@ def covered_share(weights: Weights, entries: Entries, hits: np.ndarray, size: in
     A group is a row; n-grams that overlap count once.
     """
     group, entry, start = hits
+    if not len(group):
+        return group, np.zeros(0)
     new = np.ones(len(group), dtype=bool)
     new[1:] = (group[1:] != group[:-1]) | (entry[1:] != entry[:-1])
     end = start + size
@@ -92,4 +94,4 @@ def covered_share(weights: Weights, entries: Entries, hits: np.ndarray, size: in
     covered = weights.sums[base + end] - weights.sums[base + start]
     first = np.flatnonzero(new)
     total = weights.sums[entries.offsets[entry[first] + 1]] - weights.sums[base[first]]
-    return first, np.add.reduceat(covered, first) / total if len(first) else np.zeros(0)
+    return first, np.add.reduceat(covered, first) / total
