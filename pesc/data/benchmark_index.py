@@ -114,9 +114,13 @@ class BenchmarkIndex:
             known = (directory / "words.txt").read_text(encoding="utf-8", errors="surrogatepass")
             arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in directory.glob("*.npy")}
         except (OSError, ValueError) as error:
-            raise DataError(f"{directory} holds no complete benchmark index ({error}). Delete the directory and run the stage again.") from error
+            raise DataError(
+                f"{directory} holds no complete benchmark index ({error}). Delete the directory and run the stage again."
+            ) from error
         if settings.get("format") != _FORMAT:
-            raise DataError(f"{directory} holds a benchmark index of format {settings.get('format')}, not {_FORMAT}. Delete it and run again.")
+            raise DataError(
+                f"{directory} holds a benchmark index of format {settings.get('format')}, not {_FORMAT}. Delete it and run again."
+            )
 
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
