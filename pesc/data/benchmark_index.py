@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from pesc.data import near_match
-from pesc.data.benchmark_items import Entries, Item, Weights, covered_share, entry_counts, windows_of, word_weights
-from pesc.data.ngram_table import NgramTable, mix, ragged, window_hashes
+from pesc.data.benchmark_items import Entries, Item, Weights, covered_share, entry_counts, windows_of, without_templates, word_weights
+from pesc.data.ngram_table import NgramTable, mix, window_hashes
 from pesc.data.text import words
 from pesc.data.vocabulary import Vocabulary
 from pesc.errors import DataError
@@ -70,7 +70,6 @@ class BenchmarkIndex:
     def __post_init__(self) -> None:
         self._pattern = mix(np.arange(len(self.vocabulary.masked)))
         self._masked_pattern = mix(self.vocabulary.masked)
-        self.uniform_weights = Weights(np.arange(len(self.entries.words) + 1), np.zeros(len(self.entry_items), dtype=bool))
         lengths = self.entries.lengths
         self._short = {
             tuple(self.entries.words[self.entries.offsets[entry] : self.entries.offsets[entry + 1]].tolist()): entry
@@ -90,9 +89,10 @@ class BenchmarkIndex:
         vocabulary = Vocabulary.of(order)
         offsets = np.cumsum([0, *map(len, order)])
         entries = Entries(np.array(vocabulary.numbers(chain.from_iterable(order)), dtype=np.int32), offsets)
-        tables = _Tables(_plain(entries, ngram), _masked(entries, vocabulary, ngram), _seeds(entries, ngram))
+        plain, masked = _plain(entries, ngram), _masked(entries, vocabulary, ngram)
         phrases = NgramTable.build(*windows_of(entries, mix(entries.words), PHRASE))
-        weights = [word_weights(entries, table, ngram) for table in (tables.plain, tables.masked)]
+        weights = [word_weights(entries, table, ngram) for table in (plain, masked)]
+        tables = _Tables(without_templates(plain, weights[0]), without_templates(masked, weights[1]), _seeds(entries, ngram))
         weights.append(word_weights(entries, phrases, PHRASE))
         return cls(ngram, coverage, vocabulary, entries, [numbers[tokens] for tokens in order], tables, *weights, _items=items)
 
@@ -265,12 +265,11 @@ class _Batch:
             found.setdefault((one, other), (covered, "verbatim" if covered == 1 else "reworded"))
 
     def _twins(self, found: dict[tuple[int, int], tuple[float, Kind]], pattern: np.ndarray) -> None:
-        """Items that n-grams with masked numbers cover, by weight and by words, where a number differs."""
+        """Items that n-grams with masked numbers cover, where a number differs."""
         index = self.index
         cells, differing = self._cells(index.tables.masked, pattern, compare=True)
         row, entry, share = self._shares(cells, index.masked_weights)
-        _, _, plain_share = self._shares(cells, index.uniform_weights)
-        over = (np.minimum(share, plain_share) >= max(TWIN_COVERAGE, index.coverage)) & ~index.masked_weights.whole[entry]
+        over = (share >= max(TWIN_COVERAGE, index.coverage)) & ~index.masked_weights.whole[entry]
         over &= np.isin(row * len(index.entry_items) + entry, differing)
         for one, other, covered in zip(row[over].tolist(), entry[over].tolist(), share[over].tolist(), strict=True):
             found.setdefault((one, other), (covered, "number_twin"))

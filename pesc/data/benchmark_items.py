@@ -78,6 +78,13 @@ def word_weights(entries: Entries, table: NgramTable, size: int) -> Weights:
     return Weights(np.append(0, np.cumsum(weights)), whole)
 
 
+def without_templates(table: NgramTable, weights: Weights) -> NgramTable:
+    """The table without n-grams that weigh nothing: each of them would have one posting for every item of its template."""
+    keep = (entry_counts(table) < TEMPLATE_ENTRIES) | weights.whole[table.entries]
+    key = np.repeat(table.keys, np.diff(table.bounds))
+    return NgramTable.build(key[keep], table.entries[keep], table.starts[keep])
+
+
 def covered_share(weights: Weights, entries: Entries, hits: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Weight that n-grams cover, of sorted distinct (group, entry, start) hits, shape (3, hits): (first hit of each group and entry, share).
 

@@ -117,7 +117,7 @@ def test_rows_are_judged_one_by_one(items, rows, rng):
 # --- templates -----------------------------------------------------------------------------------------------------------------
 
 TEMPLATE = "You are given a question with four options below it and must give the letter of the right one and nothing else"
-SUBJECTS = "lions tigers bears foxes hares deer owls crows hawks geese swans ducks seals whales".split()
+SUBJECTS = ["lions", "tigers", "bears", "foxes", "hares", "deer", "owls", "crows", "hawks", "geese", "swans", "ducks", "seals", "whales"]
 
 
 def test_a_template_alone_is_nothing_and_a_whole_item_is_everything():
@@ -227,7 +227,7 @@ def test_an_empty_index_can_be_saved_and_finds_nothing(tmp_path):
 
 
 def test_an_incomplete_index_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match="holds no complete benchmark index.*run the stage again"):
+    with pytest.raises(DataError, match=r"holds no complete benchmark index.*run the stage again"):
         BenchmarkIndex.load(tmp_path)
     BenchmarkIndex.build([Item("b", SUM)]).save(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"format": 0}))
