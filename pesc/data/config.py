@@ -127,6 +127,9 @@ class DedupConfig(StageConfig):
     contamination_coverage: float = Field(
         default=0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed."
     )
+    number_twins: Literal["report", "drop"] = Field(
+        default="report", description="Rows that hold a benchmark item with other numbers: count and show them, or remove them as well."
+    )
 
     @model_validator(mode="after")
     def _overrides_are_filters(self) -> DedupConfig:

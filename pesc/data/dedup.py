@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from pesc.data.config import DatasetConfig, DedupConfig, filters_of
 from pesc.data.conversation import BadRow, Conversation, RowError, conversation_id, detect_format, parse_row
-from pesc.data.decontaminate import BenchmarkIndex, ContaminationTable, Item
+from pesc.data.decontaminate import BenchmarkIndex, ContaminationTable, Item, removing_hit
 from pesc.data.exact_dedup import split_exact_duplicates, survival_order
 from pesc.data.filters import FILTER_REASONS, reason_to_drop
 from pesc.data.functions import is_test_file
@@ -247,12 +247,13 @@ def _decontaminate(rows: list[Conversation], ctx: StageContext, ledger: Ledger) 
     table = ContaminationTable(items)
     if not items:
         return rows, table
-    index = BenchmarkIndex(items, config.contamination_ngram, config.contamination_coverage)
+    index = BenchmarkIndex.build(items, config.contamination_ngram, config.contamination_coverage)
     kept = []
     for done, (row, hits) in enumerate(zip(rows, index.find(row.questions for row in rows), strict=True), start=1):
         if hits:
-            ledger.remove(row, f"contaminated: {items[hits[0].item].benchmark}", None, hits[0].coverage)
             table.add(row.dataset, row.id, excerpt(row.questions[0]), hits)
+        if hit := removing_hit(hits, config.number_twins):
+            ledger.remove(row, f"contaminated: {items[hit.item].benchmark}", None, hit.coverage)
         else:
             kept.append(row)
         if done % _REPORT_EVERY == 0 or done == len(rows):

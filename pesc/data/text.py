@@ -6,22 +6,39 @@ import re
 import unicodedata
 
 _WORD = re.compile(r"\w+")
-_SPACE = re.compile(r"\s+")
+_LATIN_WORDS = bytes(ord(chr(code).lower()) if _WORD.match(chr(code)) else ord(" ") for code in range(256))  # what each byte becomes
+_TYPOGRAPHY = "’‘“”–—…•−"  # not words, and most of what keeps English text out of Latin-1
 
 
 def words(text: str) -> list[str]:
     r"""Lower-cased `\w+` words: the unit of shingles and of the contamination test.  Punctuation and layout do not count."""
-    return _WORD.findall(text.lower())
+    encoded = _latin(text)
+    if encoded is None:
+        return _WORD.findall(text.lower())
+    return encoded.translate(_LATIN_WORDS).decode("latin-1").split()  # the same words, 3 times as fast as the expression
+
+
+def _latin(text: str) -> bytes | None:
+    """One byte a character, or None; typographic marks become spaces."""
+    if not text.isascii():
+        for mark in _TYPOGRAPHY:
+            text = text.replace(mark, " ")
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 def normal_form(text: str) -> str:
     """Text up to case, Unicode form and runs of white space.  Punctuation counts: `5 + 3` is not `5 - 3`."""
-    return _SPACE.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
+    if text.isascii():  # is its own NFKC form
+        return " ".join(text.split()).lower()
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def excerpt(text: str, length: int = 160) -> str:
     """The start of a text on one line, for ledgers and messages."""
-    line = _SPACE.sub(" ", text).strip()
+    line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
