@@ -66,10 +66,13 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "dedup",
         DedupConfig,
-        1,
+        2,
         "pesc.data.dedup:build",
         (
             "pesc.data.dedup",
+            "pesc.data.prepare",
+            "pesc.data.row_table",
+            "pesc.data.ledger",
             "pesc.data.rows",
             "pesc.data.streams",
             "pesc.data.json_rows",
@@ -290,13 +293,16 @@ def _node(stage: str, instance: str, config: StageConfig, inputs: Mapping[str, s
 def _used_sources(recipe: Recipe) -> list[str]:
     used = {recipe.base, *(d.source for d in recipe.dedup.datasets.values()), *(b.source for b in recipe.dedup.benchmarks.values())}
     used |= {b.source for b in recipe.evaluate.benchmarks.values() if b.source}
+    used |= {recipe.dedup.semantic.source} if recipe.dedup.semantic else set()
     return [name for name in recipe.sources if name in used]
 
 
 def _data_nodes(recipe: Recipe) -> Iterable[Node]:
     for name in _used_sources(recipe):
         yield _node("download", name, recipe.sources[name], {})
-    rows = {item.source for item in (*recipe.dedup.datasets.values(), *recipe.dedup.benchmarks.values())}
+    dedup = recipe.dedup
+    read = [*dedup.datasets.values(), *dedup.benchmarks.values(), *([dedup.semantic] if dedup.semantic else [])]
+    rows = {item.source for item in read}
     yield _node("dedup", "", recipe.dedup, {name: f"download[{name}]" for name in sorted(rows)})
     yield _node("mix", "", recipe.mix, {"rows": "dedup"})
     yield _node("tokenize", "", recipe.tokenize, {"mixture": "mix", "model": f"download[{recipe.base}]"})

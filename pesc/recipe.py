@@ -79,6 +79,8 @@ class Recipe(StageConfig):
         references = {"base": self.base}
         references |= {f"dedup.datasets.{name}.source": item.source for name, item in self.dedup.datasets.items()}
         references |= {f"dedup.benchmarks.{name}.source": item.source for name, item in self.dedup.benchmarks.items()}
+        if self.dedup.semantic:
+            references["dedup.semantic.source"] = self.dedup.semantic.source
         references |= {f"evaluate.benchmarks.{name}.source": item.source for name, item in self.evaluate.benchmarks.items() if item.source}
         for where, source in references.items():
             if source not in known:

@@ -86,3 +86,22 @@ def _whole_numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(f"--dims is {text!r}: write whole numbers above 0 with commas, such as 64,512.")
     return [int(part) for part in parts]
+
+
+@bench.command()
+def data(
+    rows_directory: Annotated[Path, typer.Argument(metavar="ROWS", help="Directory with some real rows of each of the four sets.")],
+    benchmarks: Annotated[Path, typer.Option(help="Directory of benchmark questions, *.jsonl with the hub's columns.")],
+    model: Annotated[Path | None, typer.Option(help="Model directory whose tokenizer is used. Without it: dedup and mix alone.")] = None,
+    rows: Annotated[int, typer.Option(min=1000, help="Rows to make and to read.")] = 1_100_000,
+    mixture: Annotated[int, typer.Option(min=100, help="Rows of the mixture.")] = 520_000,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Where to work: some GB. Default: the temporary directory.")] = None,
+) -> None:
+    """The data stages at full scale: seconds, rows a second and memory, and what they found of what was planted."""
+    from pesc.bench.data import measure_data, render
+    from pesc.console import progress_bar
+
+    with progress_bar("bench data") as progress:
+        times = measure_data(rows_directory, benchmarks, model, rows, mixture, workers, directory, progress)
+    print(render(times))

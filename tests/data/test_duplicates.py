@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pesc.data.conversation import Conversation, Message, conversation_id
-from pesc.data.exact_dedup import split_exact_duplicates, survival_order
-from pesc.data.minhash import choose_bands, find_near_duplicates, jaccard, shingles
+from pesc.data.exact_dedup import KEYS, content_key, find_exact_duplicates, halves, hex_of, survival_order
+from pesc.data.minhash import choose_bands, find_near_duplicates, hash_shingles
 from pesc.data.text import words
 
 WORDS = [f"w{number}" for number in range(3000)]
@@ -38,8 +39,31 @@ def documents(seed: int, count: int, edits: list[int]) -> list[str]:
     return texts
 
 
-def similarity(left: str, right: str) -> float:
-    return jaccard(shingles(words(left), 5), shingles(words(right), 5))
+def shingles(text: str, size: int) -> set[tuple[str, ...]]:
+    """The set of word n-grams, the plain way."""
+    tokens = words(text)
+    return {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
+
+
+def similarity(left: str, right: str, size: int = 5) -> float:
+    a, b = shingles(left, size), shingles(right, size)
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+def keys_of(rows: list[Conversation]) -> np.ndarray:
+    keys = np.zeros(len(rows), KEYS)
+    keys["id"] = halves([bytes.fromhex(row.id) for row in rows])
+    keys["content"] = halves([content_key(row) for row in rows])
+    keys["chars"] = [row.chars for row in rows]
+    keys["row"] = [row.row for row in rows]
+    return keys
+
+
+def exact(rows: list[Conversation]) -> set[tuple[str, int, str]]:
+    """(id and row of the removed, id of its survivor)."""
+    keys = keys_of(rows)
+    removed, survivors = find_exact_duplicates(keys, survival_order(keys))
+    return {(rows[gone].id, rows[gone].row, rows[kept].id) for gone, kept in zip(removed, survivors, strict=True)}
 
 
 def test_equal_conversations_leave_one_survivor_whatever_the_order():
@@ -51,18 +75,28 @@ def test_equal_conversations_leave_one_survivor_whatever_the_order():
         conversation("5 + 3", "8"),
         conversation("5 - 3", "8"),
     ]
-    kept, removed = split_exact_duplicates(rows)
-    assert len(kept) == 4
-    assert len(removed) == 2
-    assert all(survivor in kept and row not in kept for row, survivor in removed)
+    removed = exact(rows)
+    assert removed == {(rows[0].id, 1, rows[1].id), (rows[2].id, 2, rows[1].id)}  # the longest stays
     for seed in range(5):
-        shuffled = random.Random(seed).sample(rows, len(rows))
-        assert split_exact_duplicates(shuffled) == (kept, removed)
+        assert exact(random.Random(seed).sample(rows, len(rows))) == removed
 
 
-def test_the_longer_row_survives():
-    short, long = conversation("Why?", "Because."), conversation("Why?", "Because it is so.")
-    assert sorted([short, long], key=survival_order) == [long, short]
+@given(st.lists(st.sampled_from(["Why?", "why?", " WHY? ", "How?", "Who? Me."]), max_size=12), st.integers(0, 9))
+def test_of_equal_rows_exactly_one_stays(prompts, seed):
+    rows = [conversation(prompt, "x", row=number) for number, prompt in enumerate(prompts)]
+    removed = exact(rows)
+    contents = {content_key(row) for row in rows}
+    assert len(rows) - len(removed) == len(contents)
+    assert exact(random.Random(seed).sample(rows, len(rows))) == removed
+
+
+def test_the_longer_row_survives_then_the_smaller_id():
+    rows = [conversation("Why?", "Because."), conversation("Why?", "Because it is so."), conversation("Why!", "Because.")]
+    keys = keys_of(rows)
+    order = survival_order(keys).tolist()
+    assert order[0] == 1
+    assert order[1:] == sorted([0, 2], key=lambda place: rows[place].id)
+    assert [hex_of(half) for half in keys["id"]] == [row.id for row in rows]
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else():
@@ -79,10 +113,12 @@ def test_planted_near_duplicates_are_found_and_nothing_else():
         assert item.score == pytest.approx(similarity(texts[item.removed], texts[item.kept]))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 100])
-def test_batches_do_not_change_the_result(batch):
-    texts = documents(2, 60, [0, 1, 2])
-    assert find_near_duplicates(texts, **NEAR, batch=batch) == find_near_duplicates(texts, **NEAR)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_there_is_one_hash_for_each_ngram(size):
+    texts = ["a b c a b c d", "", "a", "Été à la plage, où l'été", "a b c a b c d"]
+    hashes = hash_shingles(texts, size)
+    assert [len(set(hashes.of(place).tolist())) for place in range(5)] == [len(shingles(text, size)) for text in texts]
+    assert hashes.of(0).tolist() == hashes.of(4).tolist()
 
 
 def test_a_chain_does_not_run_through_rows_that_are_gone():
@@ -126,7 +162,7 @@ def test_survivors_and_removals_hold_for_any_texts(texts):
     removed = {item.removed for item in found}
     for item in found:
         assert item.kept not in removed
-        assert jaccard(shingles(words(texts[item.removed]), 2), shingles(words(texts[item.kept]), 2)) == item.score >= 0.5
+        assert similarity(texts[item.removed], texts[item.kept], 2) == item.score >= 0.5
     equal = [(i, j) for i, j in combinations(range(len(texts)), 2) if texts[i] == texts[j] and len(texts[i].split()) >= 2]
     assert all(j in removed or i in removed for i, j in equal)
 
