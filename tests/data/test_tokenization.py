@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +17,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pesc.data import token_shards, tokenization
 from pesc.data.chat import CHATML
 from pesc.data.config import TokenizeConfig
-from pesc.data.conversation import detect_format, parse_row
-from pesc.data.rows import read_rows
 from pesc.data.encoding import IGNORED, RowEncoder
 from pesc.data.tokenization import build
 from pesc.errors import DataError
+from pesc.stage import StageContext
 from tests.data.builders import run_stage, save_mixture, tiny_tokenizer, tree_bytes
 
 LLAMA2 = (
@@ -110,6 +113,87 @@ def test_the_same_mixture_gives_the_same_bytes(tmp_path, model):
     assert tree_bytes(run(tmp_path, model, context_length=64)[0]) == tree_bytes(run(tmp_path, model, name="again", context_length=64)[0])
 
 
+def test_workers_and_shards_do_not_show_in_the_bytes(tmp_path, model, monkeypatch):
+    """In this process as one shard, and in two worker processes as nine shards that are asked for last first."""
+    inputs = {"mixture": save_mixture(tmp_path / "mix", ROWS, {"code": ROWS[:9], "math": ROWS[9:20]}), "model": model}
+    config = TokenizeConfig(context_length=64)
+    here, _ = run_stage(build, config, tmp_path / "here", inputs)
+    monkeypatch.setattr(tokenization, "cut_rows", partial(token_shards.cut_rows, shard_rows=7))
+    asked = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def map_shards(function, items):
+            asked.append(len(items))
+            futures = [pool.submit(function, item) for item in reversed(items)]
+            return [future.result() for future in reversed(futures)]
+
+        workers, _ = run_stage(build, config, tmp_path / "workers", inputs, map_shards=map_shards)
+    assert asked == [9, 3]
+    assert tree_bytes(here) == tree_bytes(workers)
+    assert {"blocks-00000.arrow", "heldout-00000.arrow", "prompts.json", "stats.json"} == set(tree_bytes(here))
+
+
+def test_a_killed_attempt_leaves_nothing_in_the_result_and_a_finished_one_no_scratch(tmp_path, model):
+    inputs = {"mixture": save_mixture(tmp_path / "mix", ROWS), "model": model}
+    config = TokenizeConfig(context_length=64)
+    expected = tree_bytes(run_stage(build, config, tmp_path / "first", inputs)[0])
+    work, out = tmp_path / "work", tmp_path / "out"
+    out.mkdir()
+    killed = work / "tokens" / "mixture"
+    (killed / "00000").mkdir(parents=True)
+    for left_over in ("00000.arrow", "00000/ids.npy", "00007.arrow"):
+        (killed / left_over).write_bytes(b"half a file")
+    build(StageContext("tokenize", config, inputs, out, work))
+    assert tree_bytes(out) == expected
+    assert list(work.iterdir()) == []
+
+
+def held_out_rows(name: str, count: int) -> list[list[tuple[str, str]]]:
+    return [[("user", f"{name} question {n}"), ("assistant", f"{name} answer {n}")] for n in range(count)]
+
+
+def test_held_out_rows_become_blocks_of_their_domain_and_no_training_row_goes(tmp_path, model):
+    """Also where a row of one domain is dropped: the domain of each block is that of its rows."""
+    held_out = {"math": held_out_rows("math", 7), "code": held_out_rows("code", 5)}
+    held_out["math"][2] = [("user", "<|im_end|>"), ("assistant", "refused")]
+    inputs = {"mixture": save_mixture(tmp_path / "mix", ROWS, held_out), "model": model}
+    out, result = run_stage(build, TokenizeConfig(context_length=64), tmp_path / "run", inputs)
+    tokenizer = tiny_tokenizer(CHATML)
+    blocks = read_blocks(out, "heldout")
+    assert [block["domain"] for block in blocks] == sorted(block["domain"] for block in blocks)
+    for domain, count in (("code", 5), ("math", 6)):
+        texts = [tokenizer.decode(block["input_ids"]) for block in blocks if block["domain"] == domain]
+        assert sum(text.count("<|im_start|>assistant") for text in texts) == count
+        assert all(f"{domain} question" in text for text in texts)
+    answers = sorted(supervised(tokenizer, row) for row in unpack(out, "heldout"))
+    assert answers == sorted(f"{row[1][1]}<|im_end|>" for rows in held_out.values() for row in rows if row[1][1] != "refused")
+    stats = json.loads((out / "stats.json").read_text())
+    assert stats["heldout"]["math"]["rows"] == 6
+    assert sum(counts["blocks"] for counts in stats["heldout"].values()) == len(blocks)
+    assert sum(counts["tokens"] for counts in stats["heldout"].values()) == sum(len(block["input_ids"]) for block in blocks)
+    assert result.metrics["rows"] == stats["rows_in"] == len(ROWS)
+    assert len(unpack(out)) == len(ROWS)
+
+
+def test_prompts_are_dealt_over_the_domains_of_the_held_out_rows(tmp_path, model):
+    held_out = {"math": held_out_rows("math", 1), "code": held_out_rows("code", 9), "general": held_out_rows("general", 3)}
+    held_out["general"][0] = [("user", "x " * 200), ("assistant", "over the context")]
+    inputs = {"mixture": save_mixture(tmp_path / "mix", ROWS, held_out), "model": model}
+    out, _ = run_stage(build, TokenizeConfig(context_length=64, heldout_prompts=6), tmp_path / "run", inputs)
+    prompts = json.loads((out / "prompts.json").read_text())
+    expected = ["code question 0", "math question 0", "code question 1", "general question 1", "code question 2", "general question 2"]
+    assert prompts == [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in expected]
+
+
+def test_where_no_prompt_fits_the_context_the_shortest_is_kept(tmp_path, model):
+    held_out = {"code": [[("user", "x " * length), ("assistant", "a")] for length in (99, 80, 90)]}
+    inputs = {"mixture": save_mixture(tmp_path / "mix", ROWS, held_out), "model": model}
+    out, _ = run_stage(build, TokenizeConfig(context_length=64), tmp_path / "run", inputs)
+    (prompt,) = json.loads((out / "prompts.json").read_text())
+    assert prompt.count("x ") == 80
+    assert not list(out.glob("heldout-*"))
+
+
 def test_overlong_rows_are_cut_or_dropped_and_never_without_loss(tmp_path, model):
     long_answer = [("user", "short"), ("assistant", "x " * 200 + "end")]
     long_question = [("user", "x " * 200 + "end"), ("assistant", "short")]
@@ -196,13 +280,11 @@ def test_the_real_model_becomes_a_plain_directory_and_answers(smollm2):
 
 
 @pytest.mark.slow
-def test_real_rows_round_trip_through_the_real_tokenizer(tmp_path, smollm2, shared_data):
+def test_real_rows_round_trip_through_the_real_tokenizer(tmp_path, smollm2, real_conversations):
     """Multi-turn and single-turn rows: where there is loss, and nowhere else, stand the answers and their end tokens."""
     from transformers import AutoTokenizer
 
-    folder = shared_data / "data"
-    files = ["instructions/slimorca.jsonl", "instructions/magicoder_evol_instruct.jsonl", "instructions_extra/glaive_toolcall_en_demo.json"]
-    rows = [list(parse_row(row, detect_format(row)).messages) for file in files for _, row in read_rows(folder / file)]
+    rows = [*real_conversations(), *real_conversations("instructions_extra/glaive_toolcall_en_demo.json")]
     out, _ = run(tmp_path, smollm2, rows, context_length=16384, heldout_prompts=1)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

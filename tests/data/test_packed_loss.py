@@ -1,0 +1,86 @@
+"""Packing changes nothing that is learned: the loss of packed rows is the loss of the same rows alone, on the real model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pesc.data.config import TokenizeConfig
+from pesc.data.encoding import RowEncoder, load_tokenizer
+from pesc.data.tokenization import build
+from tests.data.builders import run_stage, save_mixture
+
+
+@pytest.fixture(scope="module")
+def rows(real_conversations, smollm2):
+    """Every seventh row of the mix that is short enough to be quick, and multi-turn rows with tools."""
+    candidates = [*real_conversations()[::7], *real_conversations("instructions_extra/glaive_toolcall_en_demo.json")[:6]]
+    encoder = RowEncoder(load_tokenizer(smollm2), TokenizeConfig(context_length=320, overlong="drop"))
+    chosen = [candidates[place] for place in encoder.encode(candidates).places][-24:]
+    assert len(chosen) == 24
+    assert any(len(row) > 3 for row in chosen)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def real_model(smollm2):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pesc.train.modeling import pick_attention
+
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation=pick_attention("cpu")).eval()
+
+
+def loss_alone(model, smollm2, rows) -> tuple[float, int]:
+    """Sum over the supervised tokens, by transformers' own loss, one row at a time."""
+    import torch
+
+    total, tokens = 0.0, 0
+    for row in RowEncoder(load_tokenizer(smollm2), TokenizeConfig()).encode(rows).rows:
+        ids, labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (row.ids, row.labels()))
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.double().item() * row.supervised_tokens
+        tokens += row.supervised_tokens
+    return total, tokens
+
+
+def loss_packed(model, batch, **changes) -> tuple[float, int]:
+    """The same sum as the trainer makes it: logits of a collated batch, its targets, its cross-entropy."""
+    import torch
+
+    from pesc.train.collator import NO_LOSS
+    from pesc.train.loss import scaled_cross_entropy
+
+    given = {name: batch[name] for name in ("input_ids", "position_ids")} | changes
+    with torch.no_grad():
+        logits = model(**given, use_cache=False).logits
+        chosen = batch["targets"] != NO_LOSS
+        return scaled_cross_entropy(logits[chosen], batch["targets"][chosen], torch.tensor(1.0)).double().item(), int(chosen.sum())
+
+
+@pytest.mark.slow
+def test_packed_and_unpacked_loss_are_equal_on_the_real_model(tmp_path, smollm2, real_model, rows):
+    """To 1e-5 of the mean loss in fp32, through the stage's files and the trainer's reader and collator; not so when rows see one another."""
+    import torch
+
+    from pesc.train.blocks import PackedBlocks
+    from pesc.train.collator import Collator
+
+    mixture = save_mixture(tmp_path / "mix", rows, {"general": rows[:1]})
+    out, result = run_stage(build, TokenizeConfig(context_length=1024), tmp_path, {"mixture": mixture, "model": smollm2})
+    blocks = PackedBlocks(out)
+    assert result.metrics["rows"] == 24
+    assert len(blocks) < 8
+    alone, tokens = loss_alone(real_model, smollm2, rows)
+    batches = [Collator(pad_id=2)([{**blocks[pair], "position": pair} for pair in pairs]) for pairs in _pairs(len(blocks))]
+    packed = [loss_packed(real_model, batch) for batch in batches]
+    assert sum(count for _, count in packed) == tokens == result.metrics["supervised_tokens"]
+    assert sum(total for total, _ in packed) / tokens == pytest.approx(alone / tokens, abs=1e-5)
+    leaking = loss_packed(real_model, batches[0], position_ids=torch.arange(batches[0]["input_ids"].shape[1])[None])
+    assert abs(leaking[0] - packed[0][0]) / packed[0][1] > 1e-3
+
+
+def _pairs(count: int) -> list[list[int]]:
+    """Two blocks a micro-batch, so that padding is in play."""
+    return [list(range(start, min(start + 2, count))) for start in range(0, count, 2)]
