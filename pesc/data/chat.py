@@ -210,8 +210,10 @@ def _turns(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 def _checked(row: Rendered | TemplateRefusal, text: str | TemplateRefusal) -> Rendered | TemplateRefusal:
     """The row, ready to be tokenised, if the template renders this very text from it."""
-    if isinstance(row, TemplateRefusal) or isinstance(text, TemplateRefusal):
-        return row if isinstance(row, TemplateRefusal) else text
+    if isinstance(row, TemplateRefusal):
+        return row
+    if isinstance(text, TemplateRefusal):
+        return text
     if row.text != text:
         return TemplateRefusal("the template rewrites the content of a turn")
     return replace(row, text=text[: row.spans[-1].end]) if row.append_end else row

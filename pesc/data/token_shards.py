@@ -90,7 +90,7 @@ def encode_shard(shard: Shard, *, model: Path, config: TokenizeConfig, stage_pro
     """
     import pyarrow as pa
 
-    encoder = _encoder(model, config)
+    encoder = _encoder(model, config)  # pyright: ignore[reportArgumentType]  a frozen model is hashable
     ids, loss, lengths, rows = [], [], [], []
     counts: Counter[str] = Counter()
     first = shard.first_row
@@ -150,7 +150,7 @@ class TokenShards:
         self._shard_of = np.repeat(np.arange(len(kept)), [len(lengths) for _, lengths in kept])
         self._ends = np.concatenate([np.empty(0, np.int64), *(np.cumsum(lengths, dtype=np.int64) for _, lengths in kept)])
 
-    def gather(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def gather(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32) and loss (bool) of these rows, one behind the other."""
         shards, ends = self._shard_of[rows].tolist(), self._ends[rows]
         starts, ends = (ends - self.lengths[rows]).tolist(), ends.tolist()

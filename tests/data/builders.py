@@ -88,6 +88,10 @@ def save_mixture(
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"id": [str(i) for i in range(len(messages))], "messages": messages}), path / "mixture.parquet")
     if held_out is not None:
-        rows = [{"id": f"{domain}{i}", "domain": domain, "messages": row} for domain in held_out for i, row in enumerate(turns(held_out[domain]))]
+        rows = [
+            {"id": f"{domain}{i}", "domain": domain, "messages": row}
+            for domain in held_out
+            for i, row in enumerate(turns(held_out[domain]))
+        ]
         pq.write_table(pa.Table.from_pylist(rows), path / "heldout.parquet")
     return path

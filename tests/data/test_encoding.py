@@ -14,8 +14,18 @@ from pesc.data.config import TokenizeConfig
 from pesc.data.encoding import IGNORED, RowEncoder, load_tokenizer
 from tests.data.builders import tiny_tokenizer
 
-BARE = "{% for m in messages %}<|im_start|>{{ m['role'] }}<s>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<s>{% endif %}"
-THREE_ROUNDS = [("user", "a"), ("assistant", "b " * 10 + "b"), ("user", "c " * 5 + "c"), ("assistant", "d " * 20 + "d"), ("user", "e"), ("assistant", "f")]
+BARE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}<s>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<s>{% endif %}"
+)
+THREE_ROUNDS = [
+    ("user", "a"),
+    ("assistant", "b " * 10 + "b"),
+    ("user", "c " * 5 + "c"),
+    ("assistant", "d " * 20 + "d"),
+    ("user", "e"),
+    ("assistant", "f"),
+]
 TOKENIZER = tiny_tokenizer(CHATML)
 WHOLE = RowEncoder(TOKENIZER, TokenizeConfig()).encode([THREE_ROUNDS]).rows[0]
 FIRST, SECOND, THIRD = WHOLE.supervised
@@ -154,4 +164,3 @@ def test_the_system_prompt_that_the_real_template_inserts_is_seen_and_not_learne
     assert tokenizer.decode(row.ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert tokenizer.decode(row.ids).count("<|im_start|>") == 3
     assert row.labels()[row.labels() != IGNORED].tolist() == [*tokenizer("4")["input_ids"], tokenizer.eos_token_id]
-

@@ -13,12 +13,14 @@ from tests.data.builders import run_stage, save_mixture
 
 @pytest.fixture(scope="module")
 def rows(real_conversations, smollm2):
-    """Every seventh row of the mix that is short enough to be quick, and multi-turn rows with tools."""
-    candidates = [*real_conversations()[::7], *real_conversations("instructions_extra/glaive_toolcall_en_demo.json")[:6]]
-    encoder = RowEncoder(load_tokenizer(smollm2), TokenizeConfig(context_length=320, overlong="drop"))
-    chosen = [candidates[place] for place in encoder.encode(candidates).places][-24:]
-    assert len(chosen) == 24
-    assert any(len(row) > 3 for row in chosen)
+    """Rows that are short enough to be quick: 14 of all sources of the mix, and 4 of several turns, with tools."""
+    encoder = RowEncoder(load_tokenizer(smollm2), TokenizeConfig(context_length=400, overlong="drop"))
+    single = real_conversations()
+    multi = [row for row in real_conversations("instructions_extra/glaive_toolcall_en_demo.json") if len(row) > 4]
+    places = encoder.encode(single).places
+    chosen = [single[place] for place in places[:: len(places) // 14][:14]]
+    chosen += [multi[place] for place in encoder.encode(multi).places[:4]]
+    assert len(chosen) == 18
     return chosen
 
 
@@ -70,8 +72,8 @@ def test_packed_and_unpacked_loss_are_equal_on_the_real_model(tmp_path, smollm2,
     mixture = save_mixture(tmp_path / "mix", rows, {"general": rows[:1]})
     out, result = run_stage(build, TokenizeConfig(context_length=1024), tmp_path, {"mixture": mixture, "model": smollm2})
     blocks = PackedBlocks(out)
-    assert result.metrics["rows"] == 24
-    assert len(blocks) < 8
+    assert result.metrics["rows"] == 18
+    assert 2 <= len(blocks) < 9
     alone, tokens = loss_alone(real_model, smollm2, rows)
     batches = [Collator(pad_id=2)([{**blocks[pair], "position": pair} for pair in pairs]) for pairs in _pairs(len(blocks))]
     packed = [loss_packed(real_model, batch) for batch in batches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -98,7 +99,7 @@ def test_blocks_hold_their_rows_one_behind_the_other(data, file_blocks):
     loss = [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for length in lengths]
     order = data.draw(st.permutations(range(len(lengths))))
     edges = sorted({0, len(order), *data.draw(st.lists(st.integers(0, len(order)), max_size=5))})
-    blocks = [list(order[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    blocks = [list(order[start:end]) for start, end in pairwise(edges)]
     names = data.draw(st.lists(st.sampled_from(["code", "math"]), min_size=len(blocks), max_size=len(blocks)))
     with TemporaryDirectory() as name_of_folder:
         folder, half = Path(name_of_folder), len(lengths) // 2

@@ -32,7 +32,9 @@ def test_blocks_of_all_files_are_those_that_datasets_reads(tmp_path):
 
 def test_held_out_blocks_are_found_by_domain(tmp_path):
     columns = {name: [[1, 2], [3, 4], [5, 6]] for name in ("input_ids", "labels", "position_ids")}
-    table = pa.table({**{name: pa.array(values, pa.list_(pa.int32())) for name, values in columns.items()}, "domain": ["code", "code", "math"]})
+    table = pa.table(
+        {**{name: pa.array(values, pa.list_(pa.int32())) for name, values in columns.items()}, "domain": ["code", "code", "math"]}
+    )
     for number in range(2):
         with pa.OSFile(str(tmp_path / f"heldout-{number:05d}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
