@@ -9,19 +9,19 @@ from pesc.data.config import TokenizeConfig
 from pesc.data.encoding import RowEncoder, load_tokenizer
 from pesc.data.tokenization import build
 from tests.data.builders import run_stage, save_mixture
+from tests.data.conftest import INSTRUCTIONS
 
 
 @pytest.fixture(scope="module")
 def rows(real_conversations, smollm2):
-    """Rows that are short enough to be quick: 14 of all sources of the mix, and 4 of several turns, with tools."""
-    encoder = RowEncoder(load_tokenizer(smollm2), TokenizeConfig(context_length=400, overlong="drop"))
-    single = real_conversations()
+    """The shortest rows, to be quick: two of each source of the mix, and one of several turns, with tools."""
+    encoder = RowEncoder(load_tokenizer(smollm2), TokenizeConfig(context_length=32768))
+
+    def shortest(candidates, count):
+        return sorted(candidates, key=lambda row: len(encoder.encode([row]).rows[0].ids))[:count]
+
     multi = [row for row in real_conversations("instructions_extra/glaive_toolcall_en_demo.json") if len(row) > 4]
-    places = encoder.encode(single).places
-    chosen = [single[place] for place in places[:: len(places) // 14][:14]]
-    chosen += [multi[place] for place in encoder.encode(multi).places[:4]]
-    assert len(chosen) == 18
-    return chosen
+    return [row for name in INSTRUCTIONS for row in shortest(real_conversations(f"instructions/{name}"), 2)] + shortest(multi, 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_packed_and_unpacked_loss_are_equal_on_the_real_model(tmp_path, smollm2,
     from pesc.train.collator import Collator
 
     mixture = save_mixture(tmp_path / "mix", rows, {"general": rows[:1]})
-    out, result = run_stage(build, TokenizeConfig(context_length=1024), tmp_path, {"mixture": mixture, "model": smollm2})
+    out, result = run_stage(build, TokenizeConfig(context_length=512), tmp_path, {"mixture": mixture, "model": smollm2})
     blocks = PackedBlocks(out)
-    assert result.metrics["rows"] == 18
-    assert 2 <= len(blocks) < 9
+    assert result.metrics["rows"] == len(rows) == 9
+    assert 2 <= len(blocks) < 7
     alone, tokens = loss_alone(real_model, smollm2, rows)
     batches = [Collator(pad_id=2)([{**blocks[pair], "position": pair} for pair in pairs]) for pairs in _pairs(len(blocks))]
     packed = [loss_packed(real_model, batch) for batch in batches]
