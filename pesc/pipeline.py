@@ -107,9 +107,16 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "tokenize",
         TokenizeConfig,
-        1,
+        2,
         "pesc.data.tokenization:build",
-        ("pesc.data.tokenization", "pesc.data.chat", "pesc.data.packing"),
+        (
+            "pesc.data.tokenization",
+            "pesc.data.chat",
+            "pesc.data.encoding",
+            "pesc.data.token_shards",
+            "pesc.data.packing",
+            "pesc.data.block_files",
+        ),
         isolated=True,
         summary="chat template, assistant-only loss, packing",
     ),

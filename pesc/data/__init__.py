@@ -14,7 +14,8 @@ Map
     mixture.py        quotas by domain, drawn with a seed; held-out rows                     allocation.py  places by weight or temperature
     reorder.py        chosen rows of a Parquet file in another order, streamed             card/          the data card: HTML and markdown
     chat.py           chat template -> text with the spans that carry loss               packing.py     best-fit-decreasing bins
-    tokenization.py   text -> packed blocks
+    encoding.py       text -> tokens and which carry loss                                token_shards.py tokenised rows on disk, in shards
+    block_files.py    packed blocks as Arrow files                                       tokenization.py chains the five above
 
 Promises
 - Every row that is read is either kept or in the ledger with its reason; this is checked on each run, not hoped for.
@@ -22,7 +23,7 @@ Promises
 - Nothing is padded with copies, and a shortfall is reported.
 - Loss is on every assistant turn and on the token that ends it, also when the tokenizer's pad token is its end token.
 
-Never: imports torch (only `gguf.py` and the tokenizer loader of `tokenization.py` do, each in a process of its own); names a
+Never: imports torch (only `gguf.py` and the tokenizer loader of `encoding.py` do, each in a process of its own); names a
 download host; silently drops a multi-turn row.
 
 Pitfalls

@@ -219,7 +219,9 @@ class TokenizeConfig(StageConfig):
     chat_template: Literal["model", "chatml", "pesc"] = Field(
         default="model", description="model: the tokenizer's own. chatml. pesc: the reference's ### Human / ### Assistant form."
     )
-    overlong: Literal["drop", "truncate"] = Field(
-        default="truncate", description="Rows over context_length: cut at the end (dropped if no answer token is left), or drop."
+    overlong: Literal["drop", "truncate", "truncate_turns"] = Field(
+        default="truncate",
+        description="Rows over context_length. truncate: cut at the end (dropped if no answer token is left). truncate_turns: cut after the last "
+        "answer that fits whole (dropped if none does). drop.",
     )
-    heldout_prompts: int = Field(default=8, ge=1, description="Rows kept out of the blocks; their prompts are what later proofs run on.")
+    heldout_prompts: int = Field(default=8, ge=1, description="Held-out rows whose prompts later proofs run on.")

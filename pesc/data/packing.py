@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 
-def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+
+def pack_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Bins of row numbers, each bin's lengths summing to at most `capacity`; every row is in exactly one bin.
 
     Rows within a bin, and bins by their first row, keep the order of the input, so a shuffled input gives shuffled blocks.
     Raises ValueError for a length outside 1 … capacity.
     """
-    if any(not 0 < length <= capacity for length in lengths):
-        wrong = next(row for row, length in enumerate(lengths) if not 0 < length <= capacity)
-        raise ValueError(f"row {wrong} has {lengths[wrong]} tokens; lengths must be 1 to {capacity}")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
+    if len(wrong):
+        raise ValueError(f"row {wrong[0]} has {sizes[wrong[0]]} tokens; lengths must be 1 to {capacity}")
     bins: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     mask = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        length = lengths[row]
+    falling = np.argsort(-sizes, kind="stable")
+    for row, length in zip(falling.tolist(), sizes[falling].tolist(), strict=True):
         fitting = mask >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

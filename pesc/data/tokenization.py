@@ -1,261 +1,184 @@
 """The `tokenize` stage: chat template, loss on the assistant's turns and their end token, global best-fit packing.
 
 Writes
-- blocks.arrow: an Arrow IPC stream that `datasets.Dataset.from_file` maps without a copy; one row a block: input_ids, labels (-100 =
-  no loss), position_ids (from 0 in each packed row), seq_lens (lengths of the packed rows).  Blocks are not padded.
-- prompts.json: rendered prompts of rows that are kept out of the blocks.  - stats.json: counts, fill, what was dropped and why.
+- blocks-00000.arrow …: packed blocks of the mixture (layout: `block_files.py`).
+- heldout-00000.arrow …: packed blocks of the mix's held-out rows, domain by domain, each block with its domain.
+- prompts.json: rendered prompts of held-out rows.  - stats.json: counts, fill, what was dropped and why.
 
-A row is tokenised as one text, so its tokens are what the tokenizer makes of the whole, and the spans are found through the
-tokens' character offsets.  A token that begins before a span carries no loss.
+Rows are tokenised in shards by `ctx.map_shards`, then packed all at once, so neither shards nor workers show in the result.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pesc.data.chat import ChatRenderer, Rendered, TemplateRefusal
+from pesc.data.block_files import write_blocks
 from pesc.data.config import TokenizeConfig
+from pesc.data.encoding import CHANGED, DROPPED, Conversation, RowEncoder, load_tokenizer
 from pesc.data.packing import pack_rows
+from pesc.data.token_shards import TokenShards, cut_rows, encode_shard, read_conversations
 from pesc.errors import DataError
 from pesc.stage import BuildResult, StageContext
 
 log = logging.getLogger(__name__)
-IGNORED = -100
-_BATCH = 1000
 _HELDOUT_SHARE = 10
-"""At most one row in this many is held out for prompts."""
+"""Of a mixture without a held-out split, at most one row in this many is held out for prompts."""
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """One row: its tokens, and the half-open token ranges that carry loss."""
+class _HeldOut:
+    """Rows that are in no training block: a table with messages (and domain), and how many of them begin the mixture itself."""
 
-    ids: np.ndarray
-    supervised: tuple[tuple[int, int], ...]
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Tokens that carry loss."""
-        return sum(end - start for start, end in self.supervised)
-
-    def labels(self) -> np.ndarray:
-        """The tokens where there is loss, -100 elsewhere."""
-        labels = np.full(len(self.ids), IGNORED, dtype=np.int32)
-        for start, end in self.supervised:
-            labels[start:end] = self.ids[start:end]
-        return labels
+    table: Any
+    of_mixture: int
+    parquet: Path | None
 
 
 def build(ctx: StageContext) -> BuildResult:
-    """Fill `ctx.out` with blocks.arrow, prompts.json and stats.json.
+    """Fill `ctx.out` with packed blocks, prompts.json and stats.json.
 
     Raises DataError: a tokenizer without template, end token or offsets, or no row left.
     """
-    import pyarrow.parquet as pq
-
     config: TokenizeConfig = ctx.config
-    tokenizer = load_tokenizer(ctx.inputs["model"])
-    encoder = RowEncoder(tokenizer, config)
-    table = pq.read_table(ctx.inputs["mixture"] / "mixture.parquet", columns=["messages"])
-    held_out = min(config.heldout_prompts, table.num_rows // _HELDOUT_SHARE)
-    prompts = encoder.prompts(_messages(table.slice(0, held_out or config.heldout_prompts)))
-    rows: list[TokenRow] = []
-    total = table.num_rows - held_out
-    for start in range(held_out, table.num_rows, _BATCH):
-        with _parallel_tokenizers():
-            rows += encoder.encode(_messages(table.slice(start, _BATCH)))
-        ctx.progress(min(start + _BATCH, table.num_rows) - held_out, total, "rows", "tokenising")
-    dropped = {name: encoder.counts[name] for name in ("overlong", "no_answer_left", "template")}
-    if not rows:
+    encoder = RowEncoder(load_tokenizer(ctx.inputs["model"]), config)
+    held_out = _find_held_out(ctx.inputs["mixture"], config.heldout_prompts)
+    prompts = make_prompts(encoder, held_out.table, config)
+    shards, counts = _tokenise(ctx, ctx.inputs["mixture"] / "mixture.parquet", "mixture", held_out.of_mixture)
+    if not counts["rows"]:
+        dropped = json.dumps({name: counts[name] for name in DROPPED})
         raise DataError(
-            f"No row is left to train on: {json.dumps(dropped)} of {total}. Raise tokenize.context_length or change the template."
+            f"No row is left to train on: {dropped} of {counts['rows_in']}. Raise tokenize.context_length or change the template."
         )
-    blocks = pack_rows([len(row.ids) for row in rows], config.context_length)
-    write_blocks(ctx.out / "blocks.arrow", rows, blocks)
-    stats = _statistics(rows, blocks, config, total, held_out, encoder.counts, dropped)
+    blocks = pack_rows(shards.lengths, config.context_length)
+    ctx.progress(0, len(blocks), "blocks", "writing blocks")
+    write_blocks(ctx.out, "blocks", shards, blocks)
+    stats = _statistics(shards.lengths, len(blocks), config, held_out.of_mixture, counts)
+    stats["heldout"] = _write_held_out(ctx, held_out)
     _write_json(ctx.out / "prompts.json", prompts)
     _write_json(ctx.out / "stats.json", stats)
-    log.info("%d rows, %d tokens, %d blocks, fill %.2f %%", len(rows), stats["tokens"], len(blocks), 100 * stats["fill"])
+    shutil.rmtree(_scratch(ctx))
+    log.info("%d rows, %d tokens, %d blocks, fill %.2f %%", stats["rows"], stats["tokens"], len(blocks), 100 * stats["fill"])
     return BuildResult(metrics={key: stats[key] for key in ("rows", "blocks", "tokens", "supervised_tokens", "fill")})
 
 
-def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model directory.  Raises DataError when it is missing or gives no offsets."""
-    from transformers import AutoTokenizer
+def _find_held_out(mixture: Path, prompts: int) -> _HeldOut:
+    """The mix's held-out split; in a mixture without one, its first rows (but not if that took more than a tenth)."""
+    import pyarrow.parquet as pq
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"The model directory holds no usable tokenizer ({str(error).splitlines()[0]}). Check the base source's files."
-        ) from None
-    if not tokenizer.is_fast:
-        raise DataError("The model's tokenizer is a slow one without character offsets. Add its tokenizer.json to the base source.")
-    return tokenizer
+    path = mixture / "heldout.parquet"
+    if path.is_file() and pq.read_metadata(path).num_rows:
+        return _HeldOut(pq.read_table(path, columns=["domain", "messages"]), 0, path)
+    with pq.ParquetFile(mixture / "mixture.parquet") as file:
+        first = next(file.iter_batches(batch_size=prompts, columns=["messages"]), None)
+        return _HeldOut(first, min(prompts, file.metadata.num_rows // _HELDOUT_SHARE), None)
 
 
-@contextlib.contextmanager
-def _parallel_tokenizers() -> Iterator[None]:
-    """Let the tokenizer use all cores.  Stage processes switch that off against deadlocks after a fork; nothing is forked here."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+def make_prompts(encoder: RowEncoder, table: Any, config: TokenizeConfig) -> list[str]:
+    """`heldout_prompts` texts before the last answer, ready for generation, dealt over the domains in turn.
+
+    Prompts over the context are passed over; if all are, the shortest is given.
+    """
+    if table is None:
+        return []
+    fitting: list[str] = []
+    shortest: tuple[int, str] | None = None
+    for messages in _over_domains(table):
+        made = encoder.prompt(messages)
+        if made is None:
+            continue
+        text, tokens = made
+        shortest = min(shortest or (tokens, text), (tokens, text))
+        fitting += [text] if tokens <= config.context_length else []
+        if len(fitting) == config.heldout_prompts:
+            break
+    return fitting or ([shortest[1]] if shortest else [])
 
 
-class RowEncoder:
-    """Conversations -> TokenRows, with counts of what was dropped or changed."""
-
-    def __init__(self, tokenizer: Any, config: TokenizeConfig) -> None:
-        self.config = config
-        self.renderer = ChatRenderer(tokenizer, config.chat_template)
-        self.counts: Counter[str] = Counter()
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._end_id = int(tokenizer.eos_token_id)
-        self._bos = str(tokenizer.bos_token) if _adds_bos(tokenizer) else None
-        self._bos_id = tokenizer.bos_token_id
-
-    def prompts(self, conversations: Sequence[list[tuple[str, str]]]) -> list[str]:
-        """The text before the last answer of each conversation, ready for generation."""
-        texts = [row.text[: row.prompt_end] for row in self._render(conversations, count=False)]
-        lengths = [len(encoding.ids) for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
-        fitting = [text for text, length in zip(texts, lengths, strict=True) if length <= self.config.context_length]
-        return fitting or sorted(texts, key=len)[:1]
-
-    def encode(self, conversations: Sequence[list[tuple[str, str]]]) -> list[TokenRow]:
-        """Rows that have an answer within the context, in order."""
-        rendered = list(self._render(conversations))
-        encodings = self._backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
-        rows = (self._row(row, encoding) for row, encoding in zip(rendered, encodings, strict=True))
-        return [row for row in rows if row is not None]
-
-    def _render(self, conversations: Sequence[list[tuple[str, str]]], count: bool = True) -> Iterator[Rendered]:
-        for messages in conversations:
-            try:
-                row = self.renderer.render(messages)
-            except TemplateRefusal as refusal:
-                self.counts["template"] += count
-                log.debug("dropped: %s", refusal)
-                continue
-            self.counts["system_folded"] += count and messages[0][0] == "system" and not self.renderer.takes_system
-            yield row
-
-    def _row(self, rendered: Rendered, encoding: Any) -> TokenRow | None:
-        ids = list(encoding.ids)
-        ranges = [self._range(encoding, start, end) for start, end in rendered.spans]
-        if rendered.append_end:
-            ids.append(self._end_id)
-            ranges[-1] = (ranges[-1][0], len(ids))
-        if self._bos is not None and not rendered.text.startswith(self._bos):
-            ids.insert(0, self._bos_id)
-            ranges = [(start + 1, end + 1) for start, end in ranges]
-        limit = self.config.context_length
-        if len(ids) > limit:
-            if self.config.overlong == "drop":
-                self.counts["overlong"] += 1
-                return None
-            ids = ids[:limit]
-            ranges = [(start, min(end, limit)) for start, end in ranges if start < limit]
-        row = TokenRow(np.array(ids, dtype=np.int32), tuple((max(1, start), end) for start, end in ranges if end > max(1, start)))
-        if not row.supervised_tokens:
-            self.counts["no_answer_left"] += 1
-            return None
-        self.counts["truncated"] += len(encoding.ids) > limit
-        return row
-
-    def _range(self, encoding: Any, start: int, end: int) -> tuple[int, int]:
-        """Tokens within the characters [start, end); one that begins earlier is left out and counted."""
-        first = next((token for place in range(start, end) if (token := encoding.char_to_token(place)) is not None), None)
-        if first is None:
-            return 0, 0
-        if encoding.token_to_chars(first)[0] < start:
-            self.counts["straddling_tokens"] += 1
-            first += 1
-        last = next(token for place in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(place)) is not None)
-        count = len(encoding.ids)
-        while last + 1 < count and encoding.token_to_chars(last + 1) and encoding.token_to_chars(last + 1)[0] < end:
-            last += 1
-        return first, last + 1
+def _over_domains(table: Any) -> Iterator[Conversation]:
+    """The rows of a table: the first of each domain by name, then the second of each …; in order, where there is no domain."""
+    column = table.column("messages")
+    rows: list[Conversation] = [row for chunk in getattr(column, "chunks", [column]) for row in read_conversations(chunk)]
+    if "domain" not in table.schema.names:
+        yield from rows
+        return
+    by_domain: dict[str, list[Conversation]] = defaultdict(list)
+    for domain, row in zip(table.column("domain").to_pylist(), rows, strict=True):
+        by_domain[domain].append(row)
+    for turn in zip_longest(*(by_domain[domain] for domain in sorted(by_domain))):
+        yield from (row for row in turn if row is not None)
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins a text with its BOS token by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+def _scratch(ctx: StageContext) -> Path:
+    return ctx.work / "tokens"
 
 
-def _messages(table: Any) -> list[list[tuple[str, str]]]:
-    return [[(turn["role"], turn["content"]) for turn in row] for row in table.column("messages").to_pylist()]
+def _tokenise(ctx: StageContext, parquet: Path, name: str, skip: int) -> tuple[TokenShards, Counter[str]]:
+    """All rows of a parquet file but the first `skip`, and the sum of the shards' counts with `rows_in`."""
+    import pyarrow.parquet as pq
+
+    folder = _scratch(ctx) / name
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    folder.mkdir(parents=True)
+    total = pq.read_metadata(parquet).num_rows - skip
+    ctx.progress(0, total, "rows", "cutting the mixture into shards")
+    shards = cut_rows(parquet, folder, skip)
+    function = partial(encode_shard, model=ctx.inputs["model"], config=ctx.config, stage_process=os.getpid())
+    counts: Counter[str] = Counter()
+    for shard, found in zip(shards, ctx.map_shards(function, shards), strict=True):
+        counts.update(found)
+        shard.conversations.unlink()
+        done = counts["rows"] + sum(counts[reason] for reason in DROPPED)
+        ctx.progress(done, total, "rows", "tokenising")
+    counts["rows_in"] = total
+    return TokenShards([shard.tokens for shard in shards]), counts
 
 
-def write_blocks(path: Path, rows: Sequence[TokenRow], blocks: Sequence[Sequence[int]]) -> None:
-    """Write packed blocks as an Arrow IPC stream, a thousand to a record batch."""
-    import pyarrow as pa
-
-    names = ("input_ids", "labels", "position_ids", "seq_lens")
-    schema = pa.schema([(name, pa.list_(pa.int32())) for name in names])
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, len(blocks), _BATCH):
-            members = [[rows[number] for number in block] for block in blocks[start : start + _BATCH]]
-            columns = (
-                [np.concatenate([row.ids for row in block]) for block in members],
-                [np.concatenate([row.labels() for row in block]) for block in members],
-                [np.concatenate([np.arange(len(row.ids), dtype=np.int32) for row in block]) for block in members],
-                [np.array([len(row.ids) for row in block], dtype=np.int32) for block in members],
-            )
-            writer.write_batch(pa.record_batch([_list_array(column) for column in columns], schema=schema))
-
-
-def _list_array(arrays: Sequence[np.ndarray]) -> Any:
-    """Arrays of one Arrow list column, without a Python object for each token."""
-    import pyarrow as pa
-
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+def _write_held_out(ctx: StageContext, held_out: _HeldOut) -> dict[str, dict[str, int]]:
+    """Pack the held-out rows domain by domain; returns rows, blocks and tokens of each domain."""
+    if held_out.parquet is None:
+        return {}
+    shards, _ = _tokenise(ctx, held_out.parquet, "heldout", 0)
+    domains = np.array(held_out.table.column("domain").to_pylist(), dtype=object)[shards.source_rows]
+    blocks: list[list[int]] = []
+    names: list[str] = []
+    counts: dict[str, dict[str, int]] = {}
+    for domain in sorted(set(domains)):
+        rows = np.flatnonzero(domains == domain)
+        packed = [rows[block].tolist() for block in pack_rows(shards.lengths[rows], ctx.config.context_length)]
+        blocks += packed
+        names += [domain] * len(packed)
+        counts[domain] = {"rows": len(rows), "blocks": len(packed), "tokens": int(shards.lengths[rows].sum())}
+    write_blocks(ctx.out, "heldout", shards, blocks, names)
+    return counts
 
 
-def _statistics(
-    rows: Sequence[TokenRow],
-    blocks: Sequence[Sequence[int]],
-    config: TokenizeConfig,
-    total: int,
-    held_out: int,
-    counts: Counter[str],
-    dropped: dict[str, int],
-) -> dict[str, Any]:
-    lengths = np.array([len(row.ids) for row in rows])
-    tokens = int(lengths.sum())
+def _statistics(lengths: np.ndarray, blocks: int, config: TokenizeConfig, held_out: int, counts: Counter[str]) -> dict[str, Any]:
+    tokens = counts["tokens"]
     percentiles = {f"p{share}": int(np.percentile(lengths, share, method="lower")) for share in (50, 90, 99)}
     return {
-        "rows_in": total + held_out,
+        "rows_in": counts["rows_in"] + held_out,
         "held_out": held_out,
-        "rows": len(rows),
-        "dropped": dropped,
-        "truncated": counts["truncated"],
-        "system_folded": counts["system_folded"],
-        "straddling_tokens": counts["straddling_tokens"],
+        "rows": counts["rows"],
+        "dropped": {name: counts[name] for name in DROPPED},
+        **{name: counts[name] for name in CHANGED},
         "tokens": tokens,
-        "supervised_tokens": sum(row.supervised_tokens for row in rows),
-        "row_tokens": {"mean": round(tokens / len(rows), 2), **percentiles, "max": int(lengths.max())},
-        "blocks": len(blocks),
+        "supervised_tokens": counts["supervised_tokens"],
+        "row_tokens": {"mean": round(tokens / counts["rows"], 2), **percentiles, "max": int(lengths.max())},
+        "blocks": blocks,
         "context_length": config.context_length,
-        "fill": round(tokens / (len(blocks) * config.context_length), 6),
+        "fill": round(tokens / (blocks * config.context_length), 6),
     }
 
 

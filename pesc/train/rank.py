@@ -51,7 +51,7 @@ def _train(job: Job, rank: int) -> None:
     _report(rank, job, 0, "loading the model")
     from pesc.moe.tuning import adopt_choices
     from pesc.train import checkpoints
-    from pesc.train.blocks import FILE_NAME, PackedBlocks
+    from pesc.train.blocks import PackedBlocks
     from pesc.train.collator import OrderedBlocks
     from pesc.train.modeling import count_trainable, load_trainable, log_trainable
     from pesc.train.order import BlockOrder
@@ -62,7 +62,7 @@ def _train(job: Job, rank: int) -> None:
     groups = count_trainable(model)
     if rank == 0:
         log_trainable(groups)
-    blocks = PackedBlocks(job.blocks / FILE_NAME)
+    blocks = PackedBlocks(job.blocks)
     data = OrderedBlocks(blocks, BlockOrder(len(blocks), config.seed), job.steps * config.global_batch_size)
     trainer = PescTrainer(model, _arguments(job), data, job, stop, _StepReporter(rank, job))
     resumed_at = _resume_point(trainer)

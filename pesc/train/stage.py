@@ -21,7 +21,7 @@ from pesc.launch.torchrun import build_argv
 from pesc.provenance import slow_bfloat16_sentence
 from pesc.stage import BuildResult, Execution, StageContext
 from pesc.train import checkpoints
-from pesc.train.blocks import FILE_NAME, PackedBlocks
+from pesc.train.blocks import PackedBlocks
 from pesc.train.config import TrainConfig
 from pesc.train.job import Job, RankError, read_errors, read_status
 from pesc.train.order import count_steps
@@ -98,7 +98,7 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
 
 
 def _make_job(ctx: StageContext, device: str) -> Job:
-    blocks = PackedBlocks(ctx.inputs["blocks"] / FILE_NAME)
+    blocks = PackedBlocks(ctx.inputs["blocks"])
     config: TrainConfig = ctx.config
     steps = count_steps(len(blocks), config.global_batch_size, config.epochs, config.max_steps)
     level = logging.getLogger("pesc").getEffectiveLevel()

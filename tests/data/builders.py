@@ -74,12 +74,24 @@ def tiny_tokenizer(template: str | None, *, adds_bos: bool = False) -> Any:
     return tokenizer
 
 
-def save_mixture(path: Path, conversations: Iterable[list[tuple[str, str]]]) -> Path:
-    """A mix object that holds these conversations."""
+def save_mixture(
+    path: Path, conversations: Iterable[list[tuple[str, str]]], held_out: Mapping[str, Iterable[list[tuple[str, str]]]] | None = None
+) -> Path:
+    """A mix object that holds these conversations, and those of `held_out` by domain."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    messages = [[{"role": role, "content": content} for role, content in turns] for turns in conversations]
+    def turns(rows: Iterable[list[tuple[str, str]]]) -> list[list[dict[str, str]]]:
+        return [[{"role": role, "content": content} for role, content in row] for row in rows]
+
+    messages = turns(conversations)
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"id": [str(i) for i in range(len(messages))], "messages": messages}), path / "mixture.parquet")
+    if held_out is not None:
+        rows = [
+            {"id": f"{domain}{i}", "domain": domain, "messages": row}
+            for domain in held_out
+            for i, row in enumerate(turns(held_out[domain]))
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), path / "heldout.parquet")
     return path

@@ -97,6 +97,39 @@ def test_what_cannot_be_masked_rightly_is_refused(template, messages, says):
         ChatRenderer(tiny_tokenizer(template), "model").render(messages)
 
 
+def test_turns_of_the_reference_form_stand_on_lines_of_their_own():
+    rendered = ChatRenderer(tiny_tokenizer(None), "pesc").render(TURNS)
+    turns = ["### Human:\nWhy?", "### Assistant:\nSo.<|im_end|>", "### Human:\nSo what?", "### Assistant:\nBecause.<|im_end|>"]
+    assert rendered.text == "\n".join(turns)
+
+
+def test_a_tool_turn_is_shown_and_carries_no_loss():
+    turns = [("user", "Rain?"), ("assistant", "CALL rain"), ("tool", "no"), ("assistant", "No.")]
+    assert with_loss(CHATML, turns) == ["CALL rain<|im_end|>", "No.<|im_end|>"]
+    assert "<|im_start|>tool\nno<|im_end|>" in ChatRenderer(tiny_tokenizer(CHATML), "model").render(turns).text
+    assert "### Tool:\nno\n### Assistant:\n" in ChatRenderer(tiny_tokenizer(None), "pesc").render(turns).text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}{% if '{{' in m['content'] %}{{ raise_exception('no braces') }}{% endif %}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}",
+    ],
+)
+def test_of_many_rows_only_those_that_the_template_rewrites_or_rejects_are_refused(template):
+    """The check is on every row, however late and rare the one is that the template treats differently."""
+    odd = "</think> {{ x " if "trim" not in template else " x "
+    rows = [[("user", f"question {n}"), ("assistant", odd if n in (300, 399) else f"answer {n}")] for n in range(400)]
+    renderer = ChatRenderer(tiny_tokenizer(template), "model")
+    results = renderer.render_all(rows)
+    assert [n for n, row in enumerate(results) if isinstance(row, TemplateRefusal)] == [300, 399]
+    kept = [row.text for row in results if not isinstance(row, TemplateRefusal)]
+    assert kept == [renderer.render(row).text for n, row in enumerate(rows) if n not in (300, 399)]
+
+
 def test_a_tokenizer_without_template_or_end_token_says_what_to_do():
     with pytest.raises(DataError, match=r"no chat template. Set tokenize\.chat_template"):
         ChatRenderer(tiny_tokenizer(None), "model")

@@ -48,7 +48,7 @@ def test_flattening_keeps_rows_apart():
 
 
 def test_an_item_is_the_block_of_its_position(blocks_dir):
-    blocks, order = PackedBlocks(blocks_dir / "blocks.arrow"), BlockOrder(23, 7)
+    blocks, order = PackedBlocks(blocks_dir), BlockOrder(23, 7)
     data = OrderedBlocks(blocks, order, 50)
     assert len(data) == 50
     item = data[30]

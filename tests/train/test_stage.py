@@ -242,7 +242,7 @@ def test_the_first_loss_is_plain_transformers_loss_over_all_tokens(run, sparse_d
     ctx, _, _ = run
     pesc.models.register()
     model = AutoModelForCausalLM.from_pretrained(sparse_dir, dtype=torch.float32).eval()
-    blocks, order = PackedBlocks(blocks_dir / "blocks.arrow"), BlockOrder(23, ctx.config.seed)
+    blocks, order = PackedBlocks(blocks_dir), BlockOrder(23, ctx.config.seed)
     total, supervised, read = 0.0, 0, 0
     for position in range(4):
         block = {name: torch.from_numpy(array) for name, array in blocks[order.block_at(position)].items()}

@@ -16,7 +16,7 @@ VOCABULARY, CONTEXT = 97, 48
 def write_blocks(folder: Path, num_blocks: int, seed: int = 0, context: int = CONTEXT, batch_rows: int = 5) -> Path:
     """Packed blocks of arithmetic rows (each token is its predecessor plus the row's stride), so that there is something to learn."""
     random = np.random.default_rng(seed)
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": [], "seq_lens": []}
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": [], "cu_seqlens": []}
     for _ in range(num_blocks):
         lengths = random.integers(6, 20, size=2).tolist()
         lengths.append(context - sum(lengths) - int(random.integers(0, 4)))
@@ -25,11 +25,14 @@ def write_blocks(folder: Path, num_blocks: int, seed: int = 0, context: int = CO
         columns["input_ids"].append(np.concatenate(rows).astype(np.int32))
         columns["labels"].append(np.concatenate(labels).astype(np.int32))
         columns["position_ids"].append(np.concatenate([np.arange(length) for length in lengths]).astype(np.int32))
-        columns["seq_lens"].append(np.array(lengths, dtype=np.int32))
+        columns["cu_seqlens"].append(np.cumsum([0, *lengths]).astype(np.int32))
     table = pa.table({name: pa.array(values, type=pa.list_(pa.int32())) for name, values in columns.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(folder / "blocks.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=batch_rows)
+    half = num_blocks // 2
+    for number, part in enumerate((table.slice(0, half), table.slice(half))):
+        path = folder / f"blocks-{number:05d}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(part, max_chunksize=batch_rows)
     return folder
 
 
