@@ -99,8 +99,8 @@ class BenchmarkIndex:
     def save(self, directory: Path) -> None:
         """Write the index into a directory, which is made."""
         directory.mkdir(parents=True, exist_ok=True)
-        for name, array in self._arrays().items():
-            np.save(directory / f"{name}.npy", array)
+        for name, values in self._arrays().items():
+            np.save(directory / f"{name}.npy", values)
         (directory / "words.txt").write_text("\n".join(self.vocabulary.words), encoding="utf-8", errors="surrogatepass")
         (directory / "items.json").write_text(json.dumps(list(self.items)), encoding="ascii")
         settings = {"format": _FORMAT, "ngram": self.ngram, "coverage": self.coverage, "entry_items": self.entry_items}
@@ -123,7 +123,7 @@ class BenchmarkIndex:
             )
 
         def part(prefix: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
         tables = _Tables(*(NgramTable.from_arrays(part(f"{name}-")) for name in ("plain", "masked", "seeds")))
         weights = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
@@ -148,7 +148,7 @@ class BenchmarkIndex:
             "masked_weights": vars(self.masked_weights),
             "near_weights": vars(self.near_weights),
         }
-        return {f"{name}-{key}": array for name, arrays in parts.items() for key, array in arrays.items()}
+        return {f"{name}-{key}": values for name, arrays in parts.items() for key, values in arrays.items()}
 
     @cached_property
     def items(self) -> Sequence[Item]:
@@ -161,7 +161,9 @@ class BenchmarkIndex:
     # --- searching --------------------------------------------------------------------------------------------------------------
 
     def find(self, rows: Iterable[Sequence[str]]) -> list[list[Hit]]:
-        """For each row, given as its bare user turns: the items in it, one hit an item, in the order of KINDS, then most covered first.  [] where there is none."""
+        """For each row, given as its bare user turns: the items in it, one hit an item.
+
+        Sorted by KINDS, then most covered first; [] where there is none."""
         found: list[list[Hit]] = []
         for batch in self._batches(rows):
             found += batch.hits()
