@@ -94,7 +94,18 @@ class BenchmarkIndex:
         weights = [word_weights(entries, table, ngram) for table in (plain, masked)]
         tables = _Tables(without_templates(plain, weights[0]), without_templates(masked, weights[1]), _seeds(entries, ngram))
         weights.append(word_weights(entries, phrases, PHRASE))
-        return cls(ngram, coverage, vocabulary, entries, [numbers[tokens] for tokens in order], tables, *weights, _items=items)
+        return cls(
+            ngram,
+            coverage,
+            vocabulary,
+            entries,
+            [numbers[tokens] for tokens in order],
+            tables,
+            weights[0],
+            weights[1],
+            weights[2],
+            _items=items,
+        )
 
     def save(self, directory: Path) -> None:
         """Write the index into a directory, which is made."""
@@ -126,7 +137,7 @@ class BenchmarkIndex:
             return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
         tables = _Tables(*(NgramTable.from_arrays(part(f"{name}-")) for name in ("plain", "masked", "seeds")))
-        weights = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
+        plain, masked, near = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
         return cls(
             settings["ngram"],
             settings["coverage"],
@@ -134,7 +145,9 @@ class BenchmarkIndex:
             Entries(**part("entries-")),
             settings["entry_items"],
             tables,
-            *weights,
+            plain,
+            masked,
+            near,
             _directory=directory,
         )
 
@@ -341,7 +354,9 @@ class _Batch:
         """Whether the item's words are a sentence, a quotation or a line of their turn, not a part of one."""
         index = self.index
         base = index.entries.offsets[found.entry]
-        tokens = [index.vocabulary.words[number - 1] for number in index.entries.words[base : base + index.entries.lengths[found.entry]]]
+        tokens = [
+            index.vocabulary.words[number - 1] for number in index.entries.words[base : base + index.entries.lengths[found.entry]].tolist()
+        ]
         text = self.turns[found.turn].lower()
         pattern = _OPENING + r"\W+".join(map(re.escape, tokens)) + _CLOSING
         return re.search(pattern, text) is not None
