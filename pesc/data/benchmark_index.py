@@ -94,13 +94,24 @@ class BenchmarkIndex:
         weights = [word_weights(entries, table, ngram) for table in (plain, masked)]
         tables = _Tables(without_templates(plain, weights[0]), without_templates(masked, weights[1]), _seeds(entries, ngram))
         weights.append(word_weights(entries, phrases, PHRASE))
-        return cls(ngram, coverage, vocabulary, entries, [numbers[tokens] for tokens in order], tables, *weights, _items=items)
+        return cls(
+            ngram,
+            coverage,
+            vocabulary,
+            entries,
+            [numbers[tokens] for tokens in order],
+            tables,
+            weights[0],
+            weights[1],
+            weights[2],
+            _items=items,
+        )
 
     def save(self, directory: Path) -> None:
         """Write the index into a directory, which is made."""
         directory.mkdir(parents=True, exist_ok=True)
-        for name, array in self._arrays().items():
-            np.save(directory / f"{name}.npy", array)
+        for name, values in self._arrays().items():
+            np.save(directory / f"{name}.npy", values)
         (directory / "words.txt").write_text("\n".join(self.vocabulary.words), encoding="utf-8", errors="surrogatepass")
         (directory / "items.json").write_text(json.dumps(list(self.items)), encoding="ascii")
         settings = {"format": _FORMAT, "ngram": self.ngram, "coverage": self.coverage, "entry_items": self.entry_items}
@@ -123,10 +134,10 @@ class BenchmarkIndex:
             )
 
         def part(prefix: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
         tables = _Tables(*(NgramTable.from_arrays(part(f"{name}-")) for name in ("plain", "masked", "seeds")))
-        weights = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
+        plain, masked, near = (Weights(**part(f"{name}_weights-")) for name in ("plain", "masked", "near"))
         return cls(
             settings["ngram"],
             settings["coverage"],
@@ -134,7 +145,9 @@ class BenchmarkIndex:
             Entries(**part("entries-")),
             settings["entry_items"],
             tables,
-            *weights,
+            plain,
+            masked,
+            near,
             _directory=directory,
         )
 
@@ -148,7 +161,7 @@ class BenchmarkIndex:
             "masked_weights": vars(self.masked_weights),
             "near_weights": vars(self.near_weights),
         }
-        return {f"{name}-{key}": array for name, arrays in parts.items() for key, array in arrays.items()}
+        return {f"{name}-{key}": values for name, arrays in parts.items() for key, values in arrays.items()}
 
     @cached_property
     def items(self) -> Sequence[Item]:
@@ -161,7 +174,9 @@ class BenchmarkIndex:
     # --- searching --------------------------------------------------------------------------------------------------------------
 
     def find(self, rows: Iterable[Sequence[str]]) -> list[list[Hit]]:
-        """For each row, given as its bare user turns: the items in it, one hit an item, in the order of KINDS, then most covered first.  [] where there is none."""
+        """For each row, given as its bare user turns: the items in it, one hit an item.
+
+        Sorted by KINDS, then most covered first; [] where there is none."""
         found: list[list[Hit]] = []
         for batch in self._batches(rows):
             found += batch.hits()
@@ -339,7 +354,9 @@ class _Batch:
         """Whether the item's words are a sentence, a quotation or a line of their turn, not a part of one."""
         index = self.index
         base = index.entries.offsets[found.entry]
-        tokens = [index.vocabulary.words[number - 1] for number in index.entries.words[base : base + index.entries.lengths[found.entry]]]
+        tokens = [
+            index.vocabulary.words[number - 1] for number in index.entries.words[base : base + index.entries.lengths[found.entry]].tolist()
+        ]
         text = self.turns[found.turn].lower()
         pattern = _OPENING + r"\W+".join(map(re.escape, tokens)) + _CLOSING
         return re.search(pattern, text) is not None

@@ -1,8 +1,8 @@
 """Items that lie in a row almost word for word: what 8-grams cannot see after one edit of a short item.
 
-A 4-gram in common, which a short item keeps whatever word of it is replaced, aligns an item with a place in a row.  Along that alignment the words are compared one by one; words that were
-put in or left out shift it, so alignments up to SHIFT words apart count together, with runs of two
-words or more; each of them needs a 4-gram of its own.
+A 4-gram in common, which a short item keeps whatever word of it is replaced, aligns an item with a place in a row.  Along that
+alignment the words are compared one by one; words that were put in or left out shift it, so alignments up to SHIFT words apart count
+together, with runs of two words or more; each of them needs a 4-gram of its own.
 """
 
 from __future__ import annotations
