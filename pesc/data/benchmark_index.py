@@ -355,7 +355,8 @@ class _Batch:
         index = self.index
         base = index.entries.offsets[found.entry]
         tokens = [
-            index.vocabulary.words[number - 1] for number in index.entries.words[base : base + index.entries.lengths[found.entry]].tolist()
+            index.vocabulary.words[int(number) - 1]
+            for number in index.entries.words[base : base + index.entries.lengths[found.entry]].tolist()
         ]
         text = self.turns[found.turn].lower()
         pattern = _OPENING + r"\W+".join(map(re.escape, tokens)) + _CLOSING

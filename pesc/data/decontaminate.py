@@ -10,8 +10,8 @@ An item is in a row when one of these holds, tried in this order; the first name
   question of the same form, so it is reported, and removed only if the recipe says so.
 
 Measured over 34,379 items of 17 benchmark files: verbatim 100 %, also inside an instruction (items of 4 words or more);
-one word in 20 replaced, case, punctuation and spacing changed: 99.3 % (8-grams alone fail on most items under 16 words).
-GSM8K train against GSM8K test: 3 of 7,473 rows; CodeAlpaca against MBPP: see the tests.
+one word in 20 replaced, case, punctuation and spacing changed: 99.3 % of items from 8 words on.
+GSM8K train against GSM8K test: 3 of 7,473 rows.
 """
 
 from __future__ import annotations
