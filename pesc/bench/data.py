@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from pesc.bench.synthetic_rows import CHUNK, Planted, read_seeds, write_chunk
+from pesc.data.conversation import parse_row
+from pesc.data.decontaminate import BenchmarkIndex, Item
 from pesc.data.rows import read_rows
 from pesc.errors import DataError
 from pesc.stage import Execution, StageConfig, StageContext
@@ -94,33 +97,45 @@ def make_rows(
     from pesc.launch.pool import worker_pool
 
     total = sum(size for _, _, size in SETS.values())
-    jobs = []
+    index, jobs = BenchmarkIndex.build([Item(*pair) for pair in _questions(benchmarks)]), []
     for name, (file, row_format, size) in SETS.items():
         if not (seeds / file).is_file():
             raise DataError(f"{seeds} has no file {file}: give a directory with real rows of the sets {', '.join(SETS)}.")
+        known = _contaminated(index, seeds / file, row_format)
         left, number = round(rows * size / total), 0
         while left > 0:
-            jobs.append((seeds / file, row_format, benchmarks, out / name / f"part-{number:04}.jsonl", min(CHUNK, left)))
+            jobs.append((seeds / file, row_format, known, benchmarks, out / name / f"part-{number:04}.jsonl", min(CHUNK, left)))
             left, number = left - CHUNK, number + 1
     planted: dict[tuple[str, str], list[Planted]] = {}
     with worker_pool(Execution(num_workers=workers), "bench data") as map_shards:
         for done, (job, found) in enumerate(zip(jobs, map_shards(_write_job, jobs), strict=True), start=1):
-            planted[job[3].parent.name, job[3].name] = found
+            planted[job[4].parent.name, job[4].name] = found
             progress(done, len(jobs), unit="files", message="making rows")
     _join_array(out / "metamathqa", planted)
     return planted
 
 
-def _write_job(job: tuple[Path, str, Path, Path, int]) -> list[Planted]:
-    file, row_format, benchmarks, out, rows = job
+def _contaminated(index: BenchmarkIndex, file: Path, row_format: str) -> frozenset[int]:
+    """Numbers of the real rows that hold a benchmark question already: no seeds, or they would be counted as mistakes."""
+    numbers, rows = zip(*((number, parse_row(row, row_format).questions) for number, row in read_rows(file)), strict=True)
+    return frozenset(number for number, hits in zip(numbers, index.find(rows), strict=True) if hits)
+
+
+def _write_job(job: tuple[Path, str, frozenset[int], Path, Path, int]) -> list[Planted]:
+    file, row_format, known, benchmarks, out, rows = job
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write_chunk(out, read_seeds(file, row_format), _questions(benchmarks), rows, f"{out.parent.name}/{out.name}")
+    return write_chunk(out, read_seeds(file, row_format, known), _questions(benchmarks), rows, f"{out.parent.name}/{out.name}")
+
+
+def _question_files(folder: Path) -> list[Path]:
+    """Benchmark files but training splits, from which training rows may come."""
+    return [path for path in sorted(folder.glob("*.jsonl")) if not path.stem.endswith("train")]
 
 
 def _questions(benchmarks: Path) -> list[tuple[str, str]]:
     """(benchmark, question) of all files, those of at least eight words."""
     found = []
-    for path in sorted(benchmarks.glob("*test*.jsonl")):
+    for path in _question_files(benchmarks):
         for _, row in read_rows(path):
             text = next((row[key] for key in QUESTION_FIELDS if isinstance(row.get(key), str)), "")
             if len(text.split()) >= 8:
@@ -169,7 +184,7 @@ def _dedup_overrides(root: Path) -> list[str]:
     changes |= {"dedup.datasets.metamathqa.stratify_by": None, "dedup.datasets.metamathqa.group_by": None}
     changes["dedup.datasets.metamathqa.max_per_group"] = None
     texts = {}
-    for path in sorted((root / "source" / "benchmarks").glob("*.jsonl")):
+    for path in _question_files(root / "source" / "benchmarks"):
         row = next((row for _, row in read_rows(path)), {})
         if fields := [key for key in QUESTION_FIELDS if isinstance(row.get(key), str)]:
             texts[path.stem.replace("_", "-")] = {"source": "slimorca", "files": [f"benchmarks/{path.name}"], "fields": fields[:1]}
@@ -260,7 +275,7 @@ def _score(times: DataTimes, out: Path, planted: Mapping[tuple[str, str], Sequen
     table = pq.read_table(out / "removed.parquet", columns=list(columns))
     for dataset, file, row, reason in zip(*(table[name].to_pylist() for name in columns), strict=True):
         gone.setdefault((dataset, Path(file).name), {})[row] = reason.partition(":")[0]
-    found, counted, excused = dict.fromkeys(_KINDS, 0), dict.fromkeys(_KINDS, 0), set[tuple[str, str, int]]()
+    found, counted, excused = Counter[str](), Counter[str](), set[tuple[str, str, int]]()
     for place, items in planted.items():
         reasons = gone.get(place, {})
         for item in items:

@@ -2,7 +2,8 @@
 
 A synthetic row is a real row whose words are exchanged, each distinct word of four or more small letters for another with a probability of
 0.6, the same way throughout the row: lengths, layout, numbers, code that parses and answers that agree stay as they were, and two rows
-made from one share few word 5-grams.  Real rows with too few such words (numbers, other scripts) are no seeds.  Every row is drawn from (seed, data set, chunk) alone, so that a larger set begins with the smaller one.
+made from one share few word 5-grams.  Real rows with too few such words (numbers, other scripts) are no seeds.  Every row is drawn from
+(seed, data set, chunk) alone, so that a larger set begins with the smaller one.
 
     exact      an earlier row of its chunk in other case and white space
     edit_1     an earlier row with 1 word in 100 exchanged, at least one                edit_2    with 2 in 100
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pesc.data.conversation import parse_row
 from pesc.data.rows import read_rows
 
 CHUNK = 10_000
@@ -54,9 +54,12 @@ class Seeds:
     fixed: frozenset[str]
 
 
-def read_seeds(path: Path, row_format: str) -> Seeds:
-    """The rows of a file of whose words at least a quarter can be exchanged.  The most frequent words, and Python's, never are."""
-    rows = [row for _, row in read_rows(path) if isinstance(row, dict)]
+def read_seeds(path: Path, row_format: str, without: frozenset[int] = frozenset()) -> Seeds:
+    """The rows of a file of whose words at least a quarter can be exchanged, but those with the numbers `without`.
+
+    The most frequent words, and Python's, are never exchanged.
+    """
+    rows = [row for number, row in read_rows(path) if isinstance(row, dict) and number not in without]
     counts = Counter(word for row in rows for text in _texts(row) for word in _WORD.findall(text))
     frequent = {word for word, _ in counts.most_common(_KEPT_WORDS)}
     fixed = frozenset({*frequent, *keyword.kwlist, *keyword.softkwlist, *_MARKS})
@@ -148,7 +151,7 @@ def _map_texts(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, A
     for key in _TURN_KEYS:
         if key in row:
             row[key] = [_change_turn(turn, change) for turn in row[key]]
-    for key in ("query", "response", "instruction", "output", "problem", "solution"):
+    for key in ("query", "instruction", "problem", "response", "output", "solution"):
         if row.get(key):
             row[key] = change(row[key])
     return row
@@ -169,8 +172,3 @@ def _with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:
         return text if done else prompt
 
     return _map_texts(row, first)
-
-
-def check_seeds(seeds: Seeds) -> int:
-    """How many of the seeds are conversations; raises RowError at the first that is none."""
-    return sum(bool(parse_row(row, seeds.row_format)) for row in seeds.rows)

@@ -8,9 +8,12 @@ Map
     rows.py           rows out of files             streams.py  text files cut into rows on their bytes   json_rows.py, table_rows.py
     shards.py         row files cut into shards that workers read side by side
     functions.py      documented Python functions as code instructions                   text.py        words, and what they are keyed by
-    filters.py        rows thrown out for what they are                                  exact_dedup.py equal conversations
+    filters/          rows thrown out for what they are                                  exact_dedup.py equal conversations, survival order
     minhash.py        near-duplicates, each verified with the true Jaccard               decontaminate.py  benchmark questions in training rows
-    dedup.py          chains the six above, writes rows and the removal ledger
+                      (benchmark_index.py and its benchmark_items, ngram_table, near_match, vocabulary; contamination_table.py)
+    prepare.py        what can be said of a row alone, batch by batch, in workers        row_table.py   keys of all rows as arrays
+    dedup.py          decides on those arrays, writes the rows                           ledger.py      what was removed, and why
+    semantic.py       an optional report of paraphrases (its model in a child process)
     mixture.py        quotas by domain, drawn with a seed; held-out rows                     allocation.py  places by weight or temperature
     reorder.py        chosen rows of a Parquet file in another order, streamed             card/          the data card: HTML and markdown
     chat.py           chat template -> text with the spans that carry loss               packing.py     best-fit-decreasing bins
@@ -23,7 +26,7 @@ Promises
 - Nothing is padded with copies, and a shortfall is reported.
 - Loss is on every assistant turn and on the token that ends it, also when the tokenizer's pad token is its end token.
 
-Never: imports torch (only `gguf.py` and the tokenizer loader of `encoding.py` do, each in a process of its own); names a
+Never: imports torch (only `gguf.py`, the child of `semantic.py` and the tokenizer loader of `encoding.py` do, each in a process of its own); names a
 download host; silently drops a multi-turn row.
 
 Pitfalls
@@ -32,5 +35,7 @@ Pitfalls
 - Places are split by largest remainders: within a stratum a larger mixture holds the smaller one, but when `total` grows a stratum may
   lose one place to another.
 - Held-out rows are taken out before quotas are drawn, so `mix.held_out` changes which rows are left, never by more than 1 % of a domain.
+- The ledger names files and rows, so it changes when rows are moved between files; rows.parquet and everything after it do not.
+- A compressed text or CSV file is read by one worker, whole: many files, Parquet or plain JSON lines spread over workers.
 - Decontamination runs after near-duplicate removal on purpose: a near-duplicate of a contaminated row must not survive it.
 """

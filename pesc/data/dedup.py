@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pesc.data.config import DatasetConfig, DedupConfig, SemanticConfig
@@ -33,7 +34,7 @@ from pesc.data.functions import is_test_file
 from pesc.data.ledger import Removal, count_reasons, to_table, write_ledger
 from pesc.data.minhash import NearDuplicate, choose_bands, choose_survivors, find_groups
 from pesc.data.prepare import TURN, Batch, Prepared, open_arrow, prepare_batch, shingle_sets
-from pesc.data.row_table import RowTable, ShingleSets
+from pesc.data.row_table import RowTable, ShingleSets, Sketches
 from pesc.data.rows import ROW_SUFFIXES, find_row_files, read_rows
 from pesc.data.semantic import report_semantic
 from pesc.data.shards import Shard, plan_shards
@@ -43,7 +44,7 @@ from pesc.stage import BuildResult, StageContext
 log = logging.getLogger(__name__)
 BATCH_BYTES = 32 << 20
 _ROW_GROUP = 16_384
-_REMEMBERED = 200_000
+_REMEMBERED = 20_000
 REASONS = ("malformed", *(f"filter_{name}" for name in FILTER_REASONS), "exact", "near", "contaminated", "group_cap")
 SCHEMA = pa.schema(
     [
@@ -195,7 +196,11 @@ def _check_dataset(name: str, prepared: list[Prepared], read: int, config: Dedup
         dataset = config.datasets[name]
         raise DataError(f"Data set {name!r} has no rows in {', '.join(dataset.files)}. Check `files` and `format`.")
     removed = pa.concat_tables([open_arrow(made.out / "removed.arrow") for made in prepared])
-    malformed = removed.filter(pa.compute.starts_with(removed["reason"], "malformed"))
+    malformed = removed.filter(pc.match_like(removed["reason"], "malformed%"))  # pyright: ignore[reportAttributeAccessIssue]
+    for line in malformed.filter(pc.match_like(malformed["reason"], "%breaks off%")).to_pylist():  # pyright: ignore[reportAttributeAccessIssue]
+        log.warning(
+            "%s: %s, row %d: %s. What follows in the file is lost: fetch it again.", name, line["file"], line["row"], line["reason"]
+        )
     share = malformed.num_rows / read
     if share > config.filters.max_malformed_share:
         first = malformed.sort_by([("file", "ascending"), ("row", "ascending")]).slice(0, 1).to_pylist()[0]
@@ -246,11 +251,11 @@ def _near_duplicates(rows: RowTable, usable: np.ndarray, ctx: StageContext) -> I
     items = [(rows.batches[batch].out, local) for batch, local in rows.by_batch(shared)]
     for _ in ctx.map_shards(partial(shingle_sets, config.ngram_words), items):
         pass
-    sets = ShingleSets(rows, shared)
-    shingles_of = lru_cache(maxsize=_REMEMBERED)(lambda place: sets.of(usable[place]))
+    sets, sketches = ShingleSets(rows, shared), Sketches(rows)
+    shingles_of = lru_cache(maxsize=_REMEMBERED)(lambda place: sets.of(int(usable[place])))
     report: Callable[[int, int], None] = lambda done, total: ctx.progress(done, max(1, total), "rows", "near-duplicates")  # noqa: E731
     for item in choose_survivors(
-        found, config.near_duplicate_threshold, shingles_of, lambda places: rows.values(usable[list(places)].tolist()), report
+        found, config.near_duplicate_threshold, shingles_of, lambda places: sketches.of(usable[list(places)].tolist()), report
     ):
         yield NearDuplicate(int(usable[item.removed]), int(usable[item.kept]), item.score)
 

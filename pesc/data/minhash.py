@@ -121,7 +121,7 @@ def _windows(hashed: np.ndarray, size: int) -> np.ndarray:
 
 def sketch(hashes: Hashes, permutations: int) -> np.ndarray:
     """MinHash values, uint32 [texts, permutations].  Those of a text without n-grams mean nothing."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  a compiled module
 
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes.flat, hashes.offsets.astype(np.uint64), permutations, _SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(hashes), permutations)
@@ -212,6 +212,6 @@ def find_near_duplicates(texts: Sequence[str], *, threshold: float, ngram: int, 
     values = sketch(hashes, permutations)
     bands, rows = choose_bands(permutations, threshold)
     found = find_groups(band_keys(values[usable], bands, rows))
-    shingles_of = lru_cache(maxsize=_REMEMBERED)(lambda place: hashes.of(usable[place]))
+    shingles_of = lru_cache(maxsize=_REMEMBERED)(lambda place: hashes.of(int(usable[place])))
     removed = choose_survivors(found, threshold, shingles_of, lambda places: values[usable[list(places)]])
     return [NearDuplicate(int(usable[item.removed]), int(usable[item.kept]), item.score) for item in removed]

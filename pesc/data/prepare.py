@@ -170,11 +170,14 @@ def _printable(text: str) -> str:
 
 def _write_batch(folder: Path, rows: _Rows, config: DedupConfig, batch: Batch) -> None:
     passed = rows.passed
-    columns: dict[str, Any] = {name: [getattr(row, name) for row in passed] for name in ("id", "stratum")}
-    columns["messages"] = [[message._asdict() for message in row.messages] for row in passed]
-    columns["approximate_tokens"] = [sum(approximate_tokens(message.content) for message in row.messages) for row in passed]
-    columns["excerpt"] = [excerpt(row.prompt) for row in passed]
-    write_arrow(folder / "rows.arrow", pa.table(columns, schema=ROWS))
+    columns = [
+        pa.array([row.id for row in passed], pa.string()),
+        pa.array([row.stratum for row in passed], pa.string()),
+        _messages_array(passed),
+        pa.array([sum(approximate_tokens(message.content) for message in row.messages) for row in passed], pa.int32()),
+        pa.array([excerpt(row.prompt) for row in passed], pa.string()),
+    ]
+    write_arrow(folder / "rows.arrow", pa.Table.from_arrays(columns, schema=ROWS))
     write_arrow(folder / "removed.arrow", to_table(rows.removed))
     keys = _keys_of(rows, batch)
     bands, width = choose_bands(config.num_permutations, config.near_duplicate_threshold)
@@ -188,6 +191,15 @@ def _write_batch(folder: Path, rows: _Rows, config: DedupConfig, batch: Batch) -
     np.save(folder / "values.npy", values)
     np.save(folder / "bands.npy", band_keys(values, bands, width))
     (folder / "hits.json").write_text(json.dumps(_find_hits(rows, batch)))
+
+
+def _messages_array(rows: list[Conversation]) -> pa.ListArray:
+    """The turns as one column, without a dictionary for each."""
+    offsets = np.cumsum([0, *(len(row.messages) for row in rows)], dtype=np.int32)
+    parts = [pa.array([getattr(turn, name) for row in rows for turn in row.messages], pa.string()) for name in ("role", "content")]
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.StructArray.from_arrays(parts, fields=list(TURN)), type=ROWS.field("messages").type
+    )
 
 
 def _keys_of(rows: _Rows, batch: Batch) -> np.ndarray:

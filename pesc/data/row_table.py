@@ -6,7 +6,6 @@ N rows over all batches, in the order of the batches; a place is an index into t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,6 @@ class RowTable:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @cached_property
-    def _texts(self) -> list[pa.Table]:
-        return [open_arrow(batch.out / "rows.arrow") for batch in self.batches]
-
     def dataset_of(self, place: int) -> str:
         """Name of the data set."""
         return self.datasets[self.dataset[place]]
@@ -53,14 +48,6 @@ class RowTable:
         columns = [np.load(batch.out / "bands.npy", mmap_mode="r")[number] for batch in self.batches]
         return np.concatenate(columns)[places]
 
-    @cached_property
-    def _values(self) -> list[np.ndarray]:
-        return [np.load(batch.out / "values.npy", mmap_mode="r") for batch in self.batches]
-
-    def values(self, places: Sequence[int]) -> np.ndarray:
-        """MinHash values of some rows, uint32 [n, P]."""
-        return np.stack([self._values[self.batch[place]][self.local[place]] for place in places])
-
     def by_batch(self, places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(batch, local row numbers) of some rows, for each batch that has any; within a batch in the order of `places`."""
         if not len(places):
@@ -71,12 +58,27 @@ class RowTable:
             yield batch, self.local[places[part]]
 
     def gather(self, places: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Columns of rows.arrow for some rows, in the order of `places`."""
+        """Columns of rows.arrow for some rows, in the order of `places`.  Files are mapped for this call alone."""
         if not len(places):
-            return self._texts[0].select(columns).slice(0, 0)
-        parts = [self._texts[batch].select(columns).take(pa.array(local)) for batch, local in self.by_batch(places)]
+            return open_arrow(self.batches[0].out / "rows.arrow").select(columns).slice(0, 0)
+        parts = [
+            open_arrow(self.batches[batch].out / "rows.arrow").select(columns).take(pa.array(local))
+            for batch, local in self.by_batch(places)
+        ]
         back = np.argsort(np.argsort(self.batch[places], kind="stable"), kind="stable")
         return pa.concat_tables(parts).combine_chunks().take(pa.array(back))
+
+
+class Sketches:
+    """MinHash values of all rows, memory-mapped."""
+
+    def __init__(self, rows: RowTable) -> None:
+        self._rows = rows
+        self._files = [np.load(batch.out / "values.npy", mmap_mode="r") for batch in rows.batches]
+
+    def of(self, places: Sequence[int]) -> np.ndarray:
+        """Values of some rows, uint32 [n, P]."""
+        return np.stack([self._files[self._rows.batch[place]][self._rows.local[place]] for place in places])
 
 
 class ShingleSets:

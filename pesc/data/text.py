@@ -38,8 +38,8 @@ def normal_form(text: str) -> str:
 
 def excerpt(text: str, length: int = 160) -> str:
     """The start of a text on one line, for ledgers and messages."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    line = " ".join(text[: 16 * length].split())  # the rest of a long text is not looked at
+    return line if len(line) <= length and len(text) <= 16 * length else line[: length - 1] + "…"
 
 
 def approximate_tokens(text: str) -> int:
