@@ -169,8 +169,9 @@ def test_a_higher_code_version_is_a_reason(fakes, store, tiny_recipe, monkeypatc
     from pesc import pipeline
 
     run_recipe(tiny_recipe(), store)
-    monkeypatch.setitem(pipeline._BY_NAME, "mix", replace(pipeline._BY_NAME["mix"], code_version=2))
-    assert {a.address: a.reason for a in make_plan(tiny_recipe(), store)}["mix"] == "code_version 1 → 2"
+    version = pipeline._BY_NAME["mix"].code_version
+    monkeypatch.setitem(pipeline._BY_NAME, "mix", replace(pipeline._BY_NAME["mix"], code_version=version + 1))
+    assert {a.address: a.reason for a in make_plan(tiny_recipe(), store)}["mix"] == f"code_version {version} → {version + 1}"
 
 
 def test_adopt_keeps_a_result_with_the_reason_on_record(fakes, store, tiny_recipe):

@@ -61,7 +61,7 @@ def no_format(row: Mapping[str, Any]) -> RowError:
         return RowError(texts[0], "is a plain text without an answer, which is not an instruction; name a set of instructions")
     for name, needed in _SIGNATURES:
         missing = [either for either in needed if not any(field in row for field in either.split("|"))]
-        if set(held) <= {field for either in needed for field in either.split("|")}:
+        if held and set(held) <= {field for either in needed for field in either.split("|")}:
             return RowError(missing[0].replace("|", "' or '"), f"is missing (a row of the format {name})")
     return RowError("row", f"has the fields of no known format ({', '.join(sorted(map(str, row)))[:200]})")
 

@@ -132,8 +132,8 @@ def test_a_link_in_an_archive_is_refused(tmp_path, index):
 
 PROGRAM = """
 import sys
-from pesc.data.download import _run_child
-_run_child([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], {}, lambda line: print(line, flush=True))
+from pesc.launch.child import run_child
+run_child([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], {}, lambda line: print(line, flush=True))
 """
 
 

@@ -65,4 +65,4 @@ def test_multi_turn_rows_survive(shared_data, tmp_path):
     turns = [row for row in rows if sum(turn["role"] == "assistant" for turn in row["messages"]) > 1]
     tools = [row for row in rows if any(turn["role"] == "tool" for turn in row["messages"])]
     assert len(turns) > 200
-    assert len(tools) > 150
+    assert len(tools) >= 120  # of 153; the rest are refusals that the filters name

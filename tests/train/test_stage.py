@@ -57,7 +57,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_sizes_that_can(batch, nea
 def test_blocks_are_looked_at_before_any_rank_starts(tmp_path):
     (tmp_path / "blocks").mkdir()
     ctx = tiny.make_context(tmp_path, tmp_path / "model", tmp_path / "blocks", tiny.settings())
-    with pytest.raises(DataError, match=r"blocks\.arrow cannot be read"):
+    with pytest.raises(DataError, match=r"lacks the packed blocks blocks-00000\.arrow; run tokenize again"):
         stage.build(ctx)
 
 
