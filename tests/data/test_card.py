@@ -168,7 +168,7 @@ def test_the_published_sample_is_accounted_for(shared_data, tmp_path):
     assert "Rows read = rows kept + rows in the ledger." in text
     leak = table_rows(text, "gsm8k-leak (math)")[0]
     assert (leak[1], leak[-2], leak[-1]) == ("40", "40 (100.0 %)", "0 (0.0 %)")
-    assert table_rows(text, "gsm8k")[1][:3] == ["gsm8k", "1,319", "40 (40 questions, 3 %)"]
+    assert table_rows(text, "gsm8k")[1][:3] == ["gsm8k", "1,319", "40 (40 questions, 3.0 %)"]
     header = table_rows(text, "Kind")[0]
     assert header == ["Kind", "Removed from", *(f"kept in {name}" for name in SAMPLE), "Sum"]
     copies = {row[1]: [int(cell) for cell in row[2:]] for row in table_rows(text, "exact duplicate") if row[1] in SAMPLE}
@@ -258,7 +258,7 @@ def test_contamination_shows_counts_that_it_does_not_know():
     section = contamination_section({"quiz": {"items": 100, "datasets": {"a": cell, "b": empty}}}, {"a": {}, "b": {}})
     table, _, texts = section.parts
     assert table.header == ("Benchmark", "Questions", "a", "Rows removed")
-    assert table.rows == [["quiz", "100", "3\n2 questions, 2 %\nnumber twin 1\nverbatim 2", "3"]]
+    assert table.rows == [["quiz", "100", "3\n2 questions, 2.0 %\nnumber twin 1\nverbatim 2", "3"]]
     assert texts.texts == [("training row of a, number_twin, coverage 0.9", "r"), ("benchmark question", "i")]
 
 

@@ -182,7 +182,7 @@ def duplicates_section(ledger: Ledger) -> Section:
     for pairs in ledger.pairs.values():
         for (name, kept), number in pairs.items():
             sums["within" if name == kept else "across"] += number
-    note = f"{sums['within']:,} duplicates within one data set, {sums['across']:,} across data sets. One row of each cluster stays."
+    note = f"Duplicates within one data set: {sums['within']:,}; across data sets: {sums['across']:,}. One row of each cluster stays."
     header = ("Kind", "Removed from", *(f"kept in {name}" for name in keepers), "Sum")
     return Section("duplicates", "Duplicates", (Note(note), Table(header, rows, words=2)))
 
@@ -208,7 +208,7 @@ def _contamination_cell(cell: Mapping[str, Any]) -> str:
     if not cell.get("rows"):
         return "0"
     more = [f"{key.replace('_', ' ')} {value:,}" for key, value in _flat(cell) if value]
-    return "\n".join([f"{cell['rows']:,}", f"{cell.get('items', 0):,} questions, {100 * cell.get('item_share', 0):.2g} %", *more])
+    return "\n".join([f"{cell['rows']:,}", f"{cell.get('items', 0):,} questions, {share(cell.get('item_share', 0), 1)}", *more])
 
 
 def _flat(cell: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
