@@ -11,6 +11,7 @@ door.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -148,7 +149,14 @@ def _plan(ctx: StageContext, index: Path | None) -> Iterator[Batch]:
         files = _files_of(name, dataset, ctx.inputs[dataset.source])
         shards = plan_shards(ctx.inputs[dataset.source], files, BATCH_BYTES)
         for number, part in enumerate([shards] if dataset.max_rows else _group(shards)):
-            yield Batch(name, tuple(part), tuple(files), dataset.max_rows, ctx.work / "batches" / f"{name}-{number:05}", index)
+            out = ctx.work / "batches" / f"{name}-{number:05}-{_cut_of(part)}"
+            yield Batch(name, tuple(part), tuple(files), dataset.max_rows, out, index)
+
+
+def _cut_of(shards: list[Shard]) -> str:
+    """Names what a batch holds, so that a resumed run never takes one that was cut otherwise."""
+    cut = [(shard.file, shard.part, shard.start, shard.stop, shard.first) for shard in shards]
+    return hashlib.blake2b(json.dumps(cut).encode(), digest_size=4).hexdigest()
 
 
 def _files_of(name: str, dataset: DatasetConfig, root: Path) -> list[str]:

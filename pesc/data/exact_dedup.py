@@ -10,11 +10,20 @@ from pesc.data.conversation import Conversation
 from pesc.data.text import normal_form
 
 KEYS = np.dtype(
-    [("id", "<u8", 2), ("content", "<u8", 2), ("group", "<u8", 2), ("chars", "<i8"), ("file", "<i4"), ("row", "<i8"), ("shingles", "<i4")]
+    [
+        ("id", "<u8", 2),
+        ("content", "<u8", 2),
+        ("group", "<u8", 2),
+        ("tie", "<u8", 2),
+        ("chars", "<i8"),
+        ("file", "<i4"),
+        ("row", "<i8"),
+        ("shingles", "<i4"),
+    ]
 )
 """What is known of a row when its text is not in memory.
 
-id, content and group are 128-bit digests as two halves (see `halves`); file and row say where it came from; shingles counts its word
+id, content, group and tie (of stratum and group: what rows of one id may differ in) are 128-bit digests as two halves (see `halves`); file and row say where it came from; shingles counts its word
 n-grams.
 """
 
@@ -40,7 +49,7 @@ def content_key(row: Conversation) -> bytes:
 def survival_order(keys: np.ndarray) -> np.ndarray:
     """Places of KEYS rows in the order under which, of two duplicates, the first survives: the longer one, then the smaller id."""
     ids = keys["id"]
-    return np.lexsort((keys["row"], keys["file"], ids[:, 1], ids[:, 0], -keys["chars"]))
+    return np.lexsort((keys["row"], keys["file"], keys["tie"][:, 1], keys["tie"][:, 0], ids[:, 1], ids[:, 0], -keys["chars"]))
 
 
 def find_exact_duplicates(keys: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

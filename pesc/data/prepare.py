@@ -2,7 +2,7 @@
 
 A batch of input (`Batch`, some 32 MB of files) becomes a directory, in whichever worker is free:
 
-    rows.arrow       rows that passed: id, file, row, stratum, messages, approximate_tokens, excerpt
+    rows.arrow       rows that passed: id, stratum, messages, approximate_tokens, excerpt
     keys.npy         their KEYS: what exact duplicates and the order of survival are decided by
     values.npy       their MinHash values            bands.npy    their band keys, [bands, N]
     hits.json        {row: [start of the question, [[item, coverage, kind], …]]}: benchmark questions in their user turns
@@ -53,7 +53,7 @@ _SKETCHED = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one call: shards of one data set, the first of which is shard number `first` of that set.
+    """Input of one call: shards of one data set.
 
     limit: rows to read at most (`max_rows`).  files: names of all files of the data set, sorted; a row's file is an index into it.
     """
@@ -113,7 +113,7 @@ def _read_batch(config: DedupConfig, batch: Batch) -> _Rows:
             rows.removed.append(Removal(row.id, row.dataset, file, number, f"filter_{reason}", None, None, excerpt(row.prompt)))
         else:
             rows.passed.append(row)
-            rows.groups.append(_group_of(raw, dataset.group_by))
+            rows.groups.append(_group_of(raw, dataset.group_by) or row.id)
     return rows
 
 
@@ -144,7 +144,10 @@ def _as_conversation(raw: Any, config: DedupConfig, name: str, file: str, number
 
 
 def _group_of(raw: Mapping[str, Any], group_by: str | None) -> str:
-    return "" if group_by is None else json.dumps(raw[group_by], ensure_ascii=True, sort_keys=True, default=str)
+    """What a row is grouped by; "" for a row that belongs to no group: null or an empty text."""
+    return (
+        "" if group_by is None or raw[group_by] in (None, "") else json.dumps(raw[group_by], ensure_ascii=True, sort_keys=True, default=str)
+    )
 
 
 def _malformed(raw: Any, dataset: str, file: str, number: int, problem: str) -> Removal:
@@ -207,6 +210,8 @@ def _keys_of(rows: _Rows, batch: Batch) -> np.ndarray:
     keys["id"] = halves([bytes.fromhex(row.id) for row in rows.passed])
     keys["content"] = halves([content_key(row) for row in rows.passed])
     keys["group"] = halves([hashlib.blake2b(group.encode(), digest_size=16).digest() for group in rows.groups])
+    ties = [f"{row.stratum}\0{group}".encode() for row, group in zip(rows.passed, rows.groups, strict=True)]
+    keys["tie"] = halves([hashlib.blake2b(tie, digest_size=16).digest() for tie in ties])
     keys["chars"] = [row.chars for row in rows.passed]
     number_of = {file: number for number, file in enumerate(batch.files)}
     keys["file"] = [number_of[row.file] for row in rows.passed]

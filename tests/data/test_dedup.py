@@ -287,3 +287,22 @@ def test_the_system_prompt_can_be_the_stratum(tmp_path, source):
     datasets = {"chat": {"source": "s", "files": ["chat.jsonl"], "domain": "general", "stratify_by": "system"}}
     out, _ = run(tmp_path, source, datasets=datasets, near_duplicate_threshold=1.0)
     assert sorted(pq.read_table(out / "rows.parquet")["stratum"].to_pylist()) == ["", "Be brief."]
+
+
+def test_equal_rows_of_two_strata_leave_the_same_one_in_any_order(tmp_path, source):
+    rows = [pair("Why is the sky blue?", "Light scatters.", type=name, original=f"q{name}") for name in "xyz"]
+    settings = {"maths": {"source": "s", "files": ["math/*"], "domain": "math", "stratify_by": "type"}}
+    outputs = []
+    for name, order in (("one", rows), ("other", rows[::-1])):
+        write_jsonl(source / "math" / "a.jsonl", order)
+        outputs.append((run(tmp_path, source, name, datasets=settings)[0] / "rows.parquet").read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_rows_without_a_group_are_not_one_group(tmp_path, source):
+    draw = random.Random(1)
+    rows = [pair(" ".join(draw.choices("abcdefghij", k=40)), f"Answer {n}.", original=None if n % 2 else "") for n in range(6)]
+    write_jsonl(source / "math" / "a.jsonl", rows)
+    capped = {"maths": {"source": "s", "files": ["math/*"], "domain": "math", "group_by": "original", "max_per_group": 1}}
+    _, result = run(tmp_path, source, datasets=capped)
+    assert result.metrics["kept"] == 6
