@@ -23,8 +23,8 @@ KEYS = np.dtype(
 )
 """What is known of a row when its text is not in memory.
 
-id, content, group and tie (of stratum and group: what rows of one id may differ in) are 128-bit digests as two halves (see `halves`); file and row say where it came from; shingles counts its word
-n-grams.
+id, content, group and tie are 128-bit digests as two halves (see `halves`); tie is that of stratum and group, in which rows of one id may
+differ.  file and row say where it came from; shingles counts its word n-grams.
 """
 
 
