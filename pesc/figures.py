@@ -1,4 +1,4 @@
-"""How every figure looks, as SVG text: the same bytes for the same numbers, no date, no random ids.
+"""How every page and figure looks; figures as SVG text: the same bytes for the same numbers, no date, no random ids.
 
 Colours of text, axes and grid are marks that `inline` turns into CSS variables, so that a figure inside a page follows light and dark
 mode (templates/page_style.css.j2); one written to a file keeps readable fixed ones.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
@@ -22,6 +24,41 @@ STYLE: Any = {
 """matplotlib settings, for `matplotlib.rc_context`."""
 WIDTH = 7.6
 """Inches."""
+KEPT_COLOUR = "#009e73"
+REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
+
+
+def page_environment(package: str) -> Environment:
+    """Jinja2 for the pages of a package: its own templates, and the style that all pages share."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(package, "templates"), PackageLoader("pesc", "templates")])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def plot_funnel(funnel: Sequence[tuple[str, int, int, Mapping[str, int]]], reasons: Sequence[str]) -> str:
+    """What became of each data set's rows, as shares.  funnel: (data set, rows read, rows kept, reason -> rows); reasons: their order."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = dict(zip(reasons, REASON_COLOURS * (1 + len(reasons) // len(REASON_COLOURS)), strict=False))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.34 * len(funnel) + 0.17 * ((len(reasons) + 3) // 3)))
+        axes = figure.add_subplot()
+        left = [0.0] * len(funnel)
+        for part in ["kept", *reasons]:
+            rows = [kept if part == "kept" else removed.get(part, 0) for _, _, kept, removed in funnel]
+            shares = [100 * number / max(1, read) for number, (_, read, *_) in zip(rows, funnel, strict=True)]
+            colour = KEPT_COLOUR if part == "kept" else colours[part]
+            axes.barh(range(len(funnel)), shares, left=left, height=0.62, color=colour, label=f"{part} ({sum(rows):,})")
+            left = [start + share for start, share in zip(left, shares, strict=True)]
+        axes.set_yticks(range(len(funnel)), [f"{name}  ({read:,})" for name, read, *_ in funnel])
+        axes.set_ylim(len(funnel) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the rows read in %, rows in brackets")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1)
+        return svg_text(figure)
 
 
 def svg_text(figure: Figure) -> str:

@@ -64,7 +64,8 @@ def _check(execution: Execution) -> None:
     package, kind = _PACKAGES[execution.task_runner], execution.task_runner
     if find_spec(package) is None:
         raise RecipeError(
-            f"execution.task_runner is {kind!r}, but {package} is not installed: pip install 'pesc[{kind}]', or set execution.task_runner=local."
+            f"execution.task_runner is {kind!r}, but {package} is not installed: pip install -e '.[{kind}]' in this project, or set "
+            "execution.task_runner=local."
         )
     url = PREFECT_API_URL.value()
     elsewhere = execution.cluster not in (None, "auto") and _host(execution.cluster or "") not in _LOCAL_HOSTS

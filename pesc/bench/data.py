@@ -14,7 +14,6 @@ recipe camelidae-8x7b, run by its builders with the workers that `pesc run` has.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pesc.bench.synthetic_rows import CHUNK, Planted, read_seeds, write_chunk
+from pesc.data.config import DedupConfig
 from pesc.data.conversation import parse_row
 from pesc.data.decontaminate import BenchmarkIndex, Item
 from pesc.data.rows import read_rows
@@ -168,9 +168,9 @@ def _join_array(folder: Path, planted: dict[tuple[str, str], list[Planted]]) -> 
 def _run_stages(times: DataTimes, root: Path, model: Path | None, mixture: int, progress: Progress) -> None:
     from pesc.recipe import load_recipe
 
-    recipe = load_recipe(RECIPE, [f"mix.total={mixture}", "mix.shortfall=redistribute", *_dedup_overrides(root)])
-    sources = {source: root / "source" for source in ("bench", *SETS)}
-    result = _run(times, "dedup", "pesc.data.dedup:build", recipe.dedup, sources, root, progress)
+    recipe = load_recipe(RECIPE, [f"mix.total={mixture}"])
+    sources = dict.fromkeys(SETS, root / "source")
+    result = _run(times, "dedup", "pesc.data.dedup:build", _dedup_config(recipe.dedup, root / "source"), sources, root, progress)
     times.steps[-1:] = [StepTimes(f"dedup: {name}", times.rows, seconds) for name, seconds in result["seconds"].items()] + times.steps[-1:]
     _run(times, "mix", "pesc.data.mixture:build", recipe.mix, {"rows": root / "dedup" / "out"}, root, progress)
     if model is not None:
@@ -178,27 +178,19 @@ def _run_stages(times: DataTimes, root: Path, model: Path | None, mixture: int, 
         times.fill = _run(times, "tokenize", "pesc.data.tokenization:build", recipe.tokenize, inputs, root, progress, rows=mixture)["fill"]
 
 
-def _dedup_overrides(root: Path) -> list[str]:
-    """The recipe's data sets and benchmarks, read from the made files."""
-    changes: dict[str, Any] = {f"dedup.datasets.{name}.files": [f"{name}/*"] for name in SETS}
-    changes |= {"dedup.datasets.metamathqa.stratify_by": None, "dedup.datasets.metamathqa.group_by": None}
-    changes["dedup.datasets.metamathqa.max_per_group"] = None
-    texts = {}
-    for path in _question_files(root / "source" / "benchmarks"):
+def _dedup_config(config: DedupConfig, source: Path) -> DedupConfig:
+    """The recipe's settings over the made files, which lack MetaMathQA's columns `type` and `original_question`."""
+    settings = config.model_dump(mode="json")
+    for name in SETS:
+        settings["datasets"][name] |= {"files": [f"{name}/*"]}
+    settings["datasets"]["metamathqa"] |= {"stratify_by": None, "group_by": None, "max_per_group": None}
+    settings["benchmarks"] = {}
+    for path in _question_files(source / "benchmarks"):
         row = next((row for _, row in read_rows(path)), {})
         if fields := [key for key in QUESTION_FIELDS if isinstance(row.get(key), str)]:
-            texts[path.stem.replace("_", "-")] = {"source": "slimorca", "files": [f"benchmarks/{path.name}"], "fields": fields[:1]}
-    from pesc.recipe import load_recipe
-
-    old = load_recipe(RECIPE).dedup.benchmarks
-    return [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *_replace("dedup.benchmarks", old, texts)]
-
-
-def _replace(path: str, old: Mapping[str, StageConfig], new: Mapping[str, Any]) -> Iterator[str]:
-    """Overrides under which a map of the recipe holds `new` alone: maps are merged, so each old entry reads what a new one reads."""
-    some = next(iter(new.values()))
-    yield from (f"{path}.{name}={json.dumps(some)}" for name in old if name not in new)
-    yield from (f"{path}.{name}={json.dumps(value)}" for name, value in new.items())
+            name = path.stem.replace("_", "-")
+            settings["benchmarks"][name] = {"source": "slimorca", "files": [f"benchmarks/{path.name}"], "fields": fields[:1]}
+    return DedupConfig.model_validate(settings)
 
 
 def _run(

@@ -81,7 +81,7 @@ class FilterConfig(StageConfig):
     )
     languages: tuple[str, ...] = Field(
         default=(),
-        description="ISO 639-1 codes; drop long answers that are surely in another language. Empty: all. Needs pip install 'pesc[language]'.",
+        description="ISO 639-1 codes; drop long answers that are surely in another language. Empty: all. Needs the extra 'language'.",
     )
     drop_refusals: bool = Field(default=True, description="Drop answers that open with a refusal.")
     drop_self_references: bool = Field(

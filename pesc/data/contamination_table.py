@@ -82,7 +82,8 @@ class ContaminationTable:
         """{benchmark: {items, datasets: {name: cell}}}, every cell present.
 
         A cell has `rows` and `items` (number twins not among them), `item_share` (of the benchmark's items), `kinds` ({kind: {rows, items}})
-        and `examples`.  `datasets` may be a mapping name -> rows read; then a cell also has `row_share`.
+        and `examples`.  `datasets` may be a mapping name -> rows read; then a cell also has `row_share`: of the rows
+        read, so rows that were removed before (filters, duplicates) count as clean.
         """
         sizes = datasets if isinstance(datasets, Mapping) else {}
         return {

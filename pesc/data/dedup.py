@@ -338,7 +338,11 @@ def _statistics(
         per_dataset[name] = {"domain": config.datasets[name].domain, "read": read[name], **counted, "kept": kept[name]}
     total = {key: sum(item[key] for item in per_dataset.values()) for key in ("read", *REASONS, "kept")}
     if not len(alive):
-        raise DataError(f"No row is left of {total['read']}: {', '.join(f'{key} {total[key]}' for key in REASONS if total[key])}.")
+        first = ledger.slice(0, 1).to_pylist()[0]
+        raise DataError(
+            f"No row is left of {total['read']}: {', '.join(f'{key} {total[key]}' for key in REASONS if total[key])}. The first: "
+            f"{first['dataset']}/{first['file']} row {first['row']}, {first['reason']}. Change dedup.filters (or the data set's own), or its `files`."
+        )
     return {"datasets": per_dataset, "total": total, "contamination": table.summary({name: read[name] for name in rows.datasets})}
 
 

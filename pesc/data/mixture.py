@@ -213,6 +213,7 @@ def _draw(pool: Pool, config: MixConfig) -> tuple[np.ndarray, dict[str, Any]]:
     for domain, count in available.items():
         if not count:
             raise DataError(f"The domain {domain!r} of mix.weights has no rows left after dedup. See the ledger, or drop the domain.")
+    gone = _weighted_without_rows(sizes, config)
     weights, inner = _all_weights(sizes, available, config)
     wanted = allocate(config.total, weights)
     _report_shortfall(wanted, available, config)
@@ -233,7 +234,7 @@ def _draw(pool: Pool, config: MixConfig) -> tuple[np.ndarray, dict[str, Any]]:
     how = {"unit": config.unit, "mode": config.mode, "policy": config.shortfall}
     if config.mode == "temperature":
         how |= {"temperature": config.temperature, "temperature_over": config.temperature_over}
-    return rows, {"total": total, **how, "domains": domains, "domains_without_weight": unused}
+    return rows, {"total": total, **how, "domains": domains, "domains_without_weight": unused, "datasets_without_rows": gone}
 
 
 def _available(strata: Mapping[str, Stratum]) -> int:
@@ -268,6 +269,17 @@ def _dataset_weights(domain: str, available: Mapping[str, int], config: MixConfi
             "give all of them or none."
         )
     return given
+
+
+def _weighted_without_rows(sizes: Mapping[str, Mapping[str, int]], config: MixConfig) -> list[str]:
+    """Data sets of `dataset_weights` of which dedup has left nothing: their places go to their siblings, and that is said."""
+    gone = sorted(set(config.dataset_weights) - {name for sets in sizes.values() for name in sets})
+    if gone:
+        text = f"mix.dataset_weights names {', '.join(gone)}, of which no row is left after dedup"
+        if config.shortfall == "fail":
+            raise DataError(f"{text}. See the ledger, drop it, or set mix.shortfall to redistribute or keep.")
+        log.warning("%s; its places go to the other data sets of its domain", text)
+    return gone
 
 
 def _report_shortfall(wanted: Mapping[str, int], available: Mapping[str, int], config: MixConfig) -> None:

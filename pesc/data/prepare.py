@@ -8,15 +8,16 @@ A batch of input (`Batch`, some 32 MB of files) becomes a directory, in whicheve
     hits.json        {row: [start of the question, [[item, coverage, kind], …]]}: benchmark questions in their user turns
     removed.arrow    the ledger of rows that did not pass
 
-The directory appears at once (built beside, renamed), so a stage that was killed goes on with the batches that it has.
+The directory appears at once (built beside, renamed), so a stage that was killed goes on with the batches that it has, and a batch that a
+cluster runs twice is as good as one that ran once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -89,14 +90,17 @@ def prepare_batch(config: DedupConfig, batch: Batch) -> Prepared:
     """Make a batch's directory, or find it made."""
     done = batch.out / "counts.json"
     if not done.is_file():
-        building = batch.out.with_name(f"{batch.out.name}.part")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+        batch.out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f"{batch.out.name}.", dir=batch.out.parent))
         rows = _read_batch(config, batch)
         _write_batch(building, rows, config, batch)
         (building / "counts.json").write_text(json.dumps({"read": rows.counts["read"], "kept": len(rows.passed)}))
-        shutil.rmtree(batch.out, ignore_errors=True)
-        os.replace(building, batch.out)
+        try:
+            building.rename(batch.out)
+        except OSError:  # a cluster has run this batch twice, and the other one was first
+            if not done.is_file():
+                raise
+            shutil.rmtree(building)
     return Prepared(batch.out, batch.dataset, json.loads(done.read_text()))
 
 
@@ -260,6 +264,13 @@ def shingle_sets(ngram: int, item: tuple[Path, np.ndarray]) -> Path:
         for number in range(len(hashes)):
             flat.append(hashes.of(number))
             offsets.append(offsets[-1] + len(flat[-1]))
-    np.save(folder / "shingles.npy", np.concatenate(flat) if flat else np.zeros(0, np.uint64))
-    np.save(folder / "shingle_offsets.npy", np.array(offsets, dtype=np.int64))
+    save_array(folder / "shingles.npy", np.concatenate(flat) if flat else np.zeros(0, np.uint64))
+    save_array(folder / "shingle_offsets.npy", np.array(offsets, dtype=np.int64))
     return folder
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an npy file that appears whole, also when a cluster runs its shard twice."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as stream:
+        np.save(stream, array)
+    Path(stream.name).replace(path)

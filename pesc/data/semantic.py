@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,12 @@ def report_semantic(
     if not (model / "config.json").is_file():
         raise DataError(f"dedup.semantic.source holds no model in {config.directory or '.'!r} (no config.json). Set semantic.directory.")
     question, answer = work / "semantic.json", work / "semantic-pairs.json"
-    texts = {"rows": [row["text"] for row in rows], "questions": [row["question"] for row in rows], "items": [text for _, text in items]}
+    datasets, benchmarks = (sorted({row["dataset"] for row in rows}), sorted({name for name, _ in items}))
+    texts = {
+        "rows": [row["text"] for row in rows], "row_groups": [datasets.index(row["dataset"]) for row in rows],
+        "questions": [row["question"] for row in rows],
+        "items": [text for _, text in items], "item_groups": [benchmarks.index(name) for name, _ in items],
+    }  # fmt: skip
     question.write_text(json.dumps(texts))
     lines: list[str] = []
 
@@ -60,33 +65,25 @@ def report_semantic(
         raise DataError(f"dedup.semantic: the embedding model failed (exit {status}): {' | '.join(lines[-3:])}")
     found = json.loads(answer.read_text())
     question.unlink()
+
+    def shown(groups: list[dict[str, Any]], name: Callable[[int, int], str], other: Callable[[int], str]) -> dict[str, Any]:
+        return {
+            name(*group["groups"]): {
+                "count": group["count"],
+                "examples": [
+                    {"score": score, "row": rows[left]["question"][:200], "other": other(right)[:200]}
+                    for score, left, right in group["top"]
+                ],
+            }
+            for group in groups
+        }
+
     return {
         "rows": len(rows),
         "threshold": config.threshold,
-        "pairs": _summarise(
-            found["rows"], lambda left, right: " / ".join(sorted((rows[left]["dataset"], rows[right]["dataset"]))),
-            lambda left, right: (rows[left]["question"], rows[right]["question"]),
-        ),
-        "benchmarks": _summarise(
-            found["items"], lambda _row, item: items[item][0], lambda row, item: (rows[row]["question"], items[item][1])
-        ),
-    }  # fmt: skip
-
-
-def _summarise(
-    pairs: list[list[Any]], group: Callable[[int, int], str], texts: Callable[[int, int], tuple[str, str]]
-) -> dict[str, dict[str, Any]]:
-    """{group: {count, examples}}, the most similar pairs first."""
-    counts: Counter[str] = Counter()
-    examples: dict[str, list[dict[str, Any]]] = {}
-    for left, right, score in sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1])):
-        name = group(left, right)
-        counts[name] += 1
-        shown = examples.setdefault(name, [])
-        if len(shown) < _EXAMPLES:
-            one, other = texts(left, right)
-            shown.append({"score": score, "row": one[:200], "other": other[:200]})
-    return {name: {"count": counts[name], "examples": examples[name]} for name in sorted(counts)}
+        "pairs": shown(found["rows"], lambda *pair: " / ".join(datasets[code] for code in pair), lambda row: rows[row]["question"]),
+        "benchmarks": shown(found["items"], lambda _, code: benchmarks[code], lambda item: items[item][1]),
+    }
 
 
 # --- the child -----------------------------------------------------------------------------------------------------------------
@@ -110,13 +107,35 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     return vectors
 
 
-def _similar(left: np.ndarray, right: np.ndarray, threshold: float, below: bool) -> Iterator[tuple[int, int, float]]:
-    """Pairs (i, j, cosine) with a cosine of at least the threshold; with `below`, j < i alone."""
-    for start in range(0, len(left), _BLOCK):
-        scores = left[start : start + _BLOCK] @ right.T
-        for row, column in zip(*np.nonzero(scores >= threshold), strict=True):
-            if not below or column < start + row:
-                yield int(start + row), int(column), round(float(scores[row, column]), 4)
+class _Similar:
+    """Pairs above a threshold, counted by the groups of the two sides; only the most similar of each are kept."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._counts: Counter[tuple[int, int]] = Counter()
+        self._top: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
+
+    def scan(self, left: np.ndarray, right: np.ndarray, groups: tuple[np.ndarray, np.ndarray], one_group: bool) -> list[dict[str, Any]]:
+        """Vectors [n, H] and [m, H], and the group of each.  one_group: left and right are the same, each pair is looked at once.
+
+        Returns {groups, count, top: [(cosine, left, right)]} of each pair of groups; without `one_group`, of each group on the right.
+        """
+        for start in range(0, len(left), _BLOCK):
+            scores = left[start : start + _BLOCK] @ right.T
+            rows, columns = np.nonzero(scores >= self.threshold)
+            keep = columns < rows + start if one_group else np.ones(len(rows), bool)
+            rows, columns = rows[keep], columns[keep]
+            first, second = groups[0][rows + start] if one_group else np.zeros_like(rows), groups[1][columns]
+            self._note(scores[rows, columns], rows + start, columns, np.minimum(first, second), np.maximum(first, second))
+        return [{"groups": list(key), "count": self._counts[key], "top": self._top[key]} for key in sorted(self._counts)]
+
+    def _note(self, scores: np.ndarray, rows: np.ndarray, columns: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+        for key in set(zip(first.tolist(), second.tolist(), strict=True)):
+            mine = np.flatnonzero((first == key[0]) & (second == key[1]))
+            self._counts[key] += len(mine)
+            best = mine[np.lexsort((columns[mine], rows[mine], -scores[mine]))[:_EXAMPLES]]
+            found = [(round(float(scores[place]), 4), int(rows[place]), int(columns[place])) for place in best]
+            self._top[key] = sorted([*self._top.get(key, []), *found], key=lambda pair: (-pair[0], *pair[1:]))[:_EXAMPLES]
 
 
 def main(model_path: str, question: str, answer: str, threshold: str) -> None:
@@ -126,11 +145,12 @@ def main(model_path: str, question: str, answer: str, threshold: str) -> None:
     texts = json.loads(Path(question).read_text())
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     model: Any = AutoModel.from_pretrained(model_path, local_files_only=True).eval()
+    limit, row_groups = float(threshold), np.array(texts["row_groups"])
     rows = _embed(model, tokenizer, texts["rows"])
-    found = {"rows": list(_similar(rows, rows, float(threshold), below=True)), "items": []}
+    found = {"rows": _Similar(limit).scan(rows, rows, (row_groups, row_groups), one_group=True), "items": []}
     if texts["items"]:
         questions, items = _embed(model, tokenizer, texts["questions"]), _embed(model, tokenizer, texts["items"])
-        found["items"] = list(_similar(questions, items, float(threshold), below=False))
+        found["items"] = _Similar(limit).scan(questions, items, (row_groups, np.array(texts["item_groups"])), one_group=False)
     part = Path(f"{answer}.part")
     part.write_text(json.dumps(found))
     os.replace(part, answer)

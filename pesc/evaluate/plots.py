@@ -14,15 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from pesc.evaluate.comparison import Comparison
 from pesc.evaluate.records import Training
-from pesc.figures import INK, MUTED
+from pesc.figures import INK, MUTED, plot_funnel
 from pesc.figures import STYLE as _STYLE
 from pesc.figures import WIDTH as _WIDTH
 from pesc.figures import svg_text as _svg
 
 ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9")
-FUNNEL_COLOURS = {"kept": "#009e73"}
-REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
 
 
 def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
@@ -195,27 +193,4 @@ def _evenly(items: Iterable[int], most: int) -> list[int]:
 def plot_data(funnel: Sequence[Mapping[str, Any]]) -> str:
     """What became of each data set's rows: kept, and removed by reason, as shares of the rows read."""
     reasons = list(dict.fromkeys(reason for entry in funnel for reason in entry["removed"]))
-    colours = dict(zip(reasons, REASON_COLOURS * 2, strict=False))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 1.1 + 0.34 * len(funnel) + 0.17 * ((len(reasons) + 3) // 3)))
-        axes = figure.add_subplot()
-        left = [0.0] * len(funnel)
-        for part in ["kept", *reasons]:
-            rows = [entry["kept"] if part == "kept" else entry["removed"].get(part, 0) for entry in funnel]
-            shares = [100 * count / max(1, entry["read"]) for count, entry in zip(rows, funnel, strict=True)]
-            axes.barh(
-                range(len(funnel)),
-                shares,
-                left=left,
-                height=0.62,
-                color=FUNNEL_COLOURS.get(part) or colours[part],
-                label=f"{part} ({sum(rows):,})",
-            )
-            left = [start + share for start, share in zip(left, shares, strict=True)]
-        axes.set_yticks(range(len(funnel)), [f"{entry['name']}  ({entry['read']:,})" for entry in funnel])
-        axes.set_ylim(len(funnel) - 0.5, -0.5)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("share of the rows read in %, rows in brackets")
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1)
-        return _svg(figure)
+    return plot_funnel([(entry["name"], entry["read"], entry["kept"], entry["removed"]) for entry in funnel], reasons)

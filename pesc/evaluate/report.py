@@ -236,20 +236,13 @@ def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples
 
 def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> str:
     """The self-contained HTML page."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     from pesc.evaluate import plots as drawing
     from pesc.evaluate import tables
-    from pesc.figures import inline
+    from pesc.figures import inline, page_environment
 
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("pesc.evaluate", "templates"), PackageLoader("pesc", "templates")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("pesc.evaluate")
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
         "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,

@@ -197,7 +197,7 @@ def test_languages_are_told_apart_in_long_answers_alone():
 def test_the_missing_package_of_the_language_check_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycld2", None)
     encoding._cld2.cache_clear()
-    with pytest.raises(DataError, match=r"filters\.languages needs the package pycld2: pip install 'pesc\[language\]'"):
+    with pytest.raises(DataError, match=r"filters\.languages needs the package pycld2: pip install -e '\.\[language\]'"):
         is_other_language(FRENCH, ("en",))
     encoding._cld2.cache_clear()
 

@@ -393,3 +393,13 @@ def test_rows_without_token_counts_can_be_mixed_by_rows_only(tmp_path):
 def test_rows_with_one_id_twice_are_refused(tmp_path):
     with pytest.raises(DataError, match="one id twice"):
         run_stage(build, MixConfig(total=2, weights={"general": 1}), tmp_path / "a", {"rows": save_rows(tmp_path / "in", [1, 1])})
+
+
+def test_a_weighted_data_set_without_rows_is_named(caplog):
+    settings = {"total": 50, "weights": {"code": 1}, "dataset_weights": {"evol": 66, "oss": 34}}
+    count, _, stats = drawn(pool(code__evol=100), **settings)
+    assert count["code__evol"] == 50
+    assert stats["datasets_without_rows"] == ["oss"]
+    assert "names oss, of which no row is left" in caplog.text
+    with pytest.raises(DataError, match=r"dataset_weights names oss.*mix\.shortfall"):
+        drawn(pool(code__evol=100), shortfall="fail", **settings)

@@ -51,6 +51,29 @@ def test_a_real_model_tells_paraphrases_from_the_rest_and_nothing_is_removed(min
     json.dumps(found)
 
 
+def test_pairs_are_counted_and_only_the_most_similar_are_kept():
+    """Three thousand equal vectors make 4.5 million pairs; against a plain count of a small set."""
+    import numpy as np
+
+    from pesc.data.semantic import _EXAMPLES, _Similar
+
+    many = np.ones((3000, 1), dtype=np.float32)
+    zero = np.zeros(3000, int)
+    (group,) = _Similar(0.9).scan(many, many, (zero, zero), one_group=True)
+    assert (group["groups"], group["count"], len(group["top"])) == ([0, 0], 3000 * 2999 // 2, _EXAMPLES)
+    draw = np.random.default_rng(0)
+    some = draw.normal(size=(40, 3)).astype(np.float32)
+    some /= np.linalg.norm(some, axis=1, keepdims=True)
+    codes = draw.integers(0, 3, 40)
+    found = {tuple(item["groups"]): item for item in _Similar(0.8).scan(some, some, (codes, codes), one_group=True)}
+    pairs = [(i, j) for i in range(40) for j in range(i) if some[i] @ some[j] >= 0.8]
+    for key, item in found.items():
+        mine = [pair for pair in pairs if tuple(sorted(codes[list(pair)].tolist())) == key]
+        assert item["count"] == len(mine)
+        assert max(some[i] @ some[j] for i, j in mine) == pytest.approx(item["top"][0][0], abs=1e-4)
+    assert sum(item["count"] for item in found.values()) == len(pairs)
+
+
 def test_a_source_without_a_model_is_a_sentence(tmp_path):
     with pytest.raises(DataError, match=r"no model in '\.'.*semantic\.directory"):
         report_semantic(SemanticConfig(source="m"), tmp_path, [], [], tmp_path, lambda *_args: None)

@@ -207,7 +207,7 @@ def test_dedup_through_dask_makes_the_object_of_pesc_run(tmp_path, small_data, d
 
 def test_a_task_runner_that_is_not_installed_is_told(monkeypatch):
     monkeypatch.setattr(cluster, "find_spec", lambda _name: None)
-    with pytest.raises(RecipeError, match=r"prefect_dask is not installed: pip install 'pesc\[dask\]', or set execution.task_runner=local"):
+    with pytest.raises(RecipeError, match=r"prefect_dask is not installed: pip install -e '\.\[dask\]' in this project, or set"):
         open_shards(Execution(task_runner="dask"), "dedup").__enter__()
 
 

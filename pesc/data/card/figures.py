@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -12,33 +12,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pesc.figures import MUTED, STYLE, WIDTH, svg_text
 
-KEPT = "#009e73"
-REASON_COLOURS = ("#8c6bb1", "#cc79a7", "#b8860b", "#e69f00", "#56b4e9", "#7f8790", "#994f00", "#d55e00", "#f0a07a", "#a50026", "#444c56")
 DOMAIN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f8790")
 _BINS = 48
 _MAX_TURNS = 8
-
-
-def plot_funnel(funnel: Sequence[tuple[str, int, int, Mapping[str, int]]], reasons: Sequence[str]) -> str:
-    """What became of each data set's rows, as shares.  funnel: (data set, rows read, rows kept, reason -> rows); reasons: their order."""
-    colours = dict(zip(reasons, REASON_COLOURS * (1 + len(reasons) // len(REASON_COLOURS)), strict=False))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.1 + 0.34 * len(funnel) + 0.17 * ((len(reasons) + 3) // 3)))
-        axes = figure.add_subplot()
-        left = np.zeros(len(funnel))
-        for part in ["kept", *reasons]:
-            rows = [kept if part == "kept" else removed.get(part, 0) for _, _, kept, removed in funnel]
-            shares = np.array([100 * number / max(1, read) for number, (_, read, *_) in zip(rows, funnel, strict=True)])
-            colour = KEPT if part == "kept" else colours[part]
-            axes.barh(range(len(funnel)), shares, left=left, height=0.62, color=colour, label=f"{part} ({sum(rows):,})")
-            left += shares
-        axes.set_yticks(range(len(funnel)), [f"{name}  ({read:,})" for name, read, *_ in funnel])
-        axes.set_ylim(len(funnel) - 0.5, -0.5)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("share of the rows read in %, rows in brackets")
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1)
-        return svg_text(figure)
 
 
 def plot_lengths(lengths: Mapping[str, np.ndarray], unit: str) -> str:

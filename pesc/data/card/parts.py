@@ -88,18 +88,11 @@ def share(part: float, whole: float) -> str:
 
 def page_html(title: str, lead: str, facts: Sequence[tuple[str, str, str]], sections: Sequence[Section]) -> str:
     """The self-contained page.  facts: (what, value, remark) at its top."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from pesc.figures import inline
+    from pesc.figures import inline, page_environment
 
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("pesc.data.card", "templates"), PackageLoader("pesc", "templates")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("pesc.data.card")
     environment.filters["drawing"] = lambda figure: Markup(inline(figure.svg, figure.name, f"figure: {figure.name}"))
     environment.tests["part"] = lambda part, name: type(part).__name__ == name
     return environment.get_template("card.html.j2").render(title=title, lead=lead, facts=facts, sections=sections)

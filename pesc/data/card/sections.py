@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pesc.data.card.built import CardInputs, SourceFacts
-from pesc.data.card.figures import plot_funnel
 from pesc.data.card.ledger import Example, Ledger, read_ledger, reason_label
 from pesc.data.card.mixing import mixture_sections, packing_section
 from pesc.data.card.parts import Figure, Note, Section, Table, Texts, clip, count, one_line, share
 from pesc.errors import DataError
+from pesc.figures import plot_funnel
 
 _CELL_KEYS = {"rows", "items", "item_share", "examples"}
 _DETAILS = 12

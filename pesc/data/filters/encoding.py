@@ -95,5 +95,7 @@ def _cld2() -> Any:
     try:
         import pycld2  # type: ignore[import-not-found]
     except ImportError:
-        raise DataError("The setting filters.languages needs the package pycld2: pip install 'pesc[language]', or leave it out.") from None
+        raise DataError(
+            "The setting filters.languages needs the package pycld2: pip install -e '.[language]' in this project, or leave the setting out."
+        ) from None
     return pycld2
