@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 REMOVALS = {
     "malformed": "not a conversation", "filter_short_answer": "answer too short", "filter_too_long": "too long", "filter_refusal": "refusal",
     "filter_ngram_loop": "repeats itself", "filter_unclosed_code": "code fence left open", "filter_copied_prompt": "copies the prompt",
-    "exact": "exact duplicate", "near": "near duplicate", "contaminated": "in a benchmark",
+    "exact": "exact duplicate", "near": "near duplicate", "contaminated": "in a benchmark", "group_cap": "over the cap of its group",
 }  # fmt: skip
-"""Counts of a dedup object's stats.json, in the order of the steps, and what the page calls them."""
+"""Counts of a dedup object's stats.json, in the order of the steps, and what the page calls them; other filters go by their names."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def data_funnel(dedup: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """One entry a data set: name, domain, read, kept, removed {reason: rows} (reasons with rows only)."""
     funnel = []
     for name, counts in sorted(((dedup or {}).get("datasets") or {}).items()):
-        known = {REMOVALS[key]: counts[key] for key in REMOVALS if counts.get(key)}
+        others = {key: key.removeprefix("filter_").replace("_", " ") for key in sorted(counts) if key.startswith("filter_")}
+        known = {label: counts[key] for key, label in {**others, **REMOVALS}.items() if counts.get(key)}
         rest = counts.get("read", 0) - counts.get("kept", 0) - sum(known.values())
         removed = {**known, **({"other reasons": rest} if rest > 0 else {})}
         funnel.append(

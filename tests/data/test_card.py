@@ -20,7 +20,8 @@ from pesc.data.card import CardInputs, SourceFacts, built_data, render_card, wri
 from pesc.data.card.ledger import read_ledger, reason_label
 from pesc.data.card.measures import measure_mixture, packed_lengths
 from pesc.data.card.parts import Table, Texts, clip, escape, page_html, page_markdown, share
-from pesc.data.card.sections import contamination_section, sources_section
+from pesc.data.card.sections import contamination_section, semantic_section, sources_section
+from pesc.data.decontaminate import ContaminationTable, Hit, Item
 from pesc.errors import DataError
 from pesc.plan import Selection
 from pesc.recipe import recipe_from_dict
@@ -168,7 +169,7 @@ def test_the_published_sample_is_accounted_for(shared_data, tmp_path):
     assert "Rows read = rows kept + rows in the ledger." in text
     leak = table_rows(text, "gsm8k-leak (math)")[0]
     assert (leak[1], leak[-2], leak[-1]) == ("40", "40 (100.0 %)", "0 (0.0 %)")
-    assert table_rows(text, "gsm8k")[1][:3] == ["gsm8k", "1,319", "40 (40 questions, 3.0 %)"]
+    assert table_rows(text, "gsm8k")[1][:3] == ["gsm8k", "1,319", "40 (40 questions, 3.0 %; verbatim 40)"]
     header = table_rows(text, "Kind")[0]
     assert header == ["Kind", "Removed from", *(f"kept in {name}" for name in SAMPLE), "Sum"]
     copies = {row[1]: [int(cell) for cell in row[2:]] for row in table_rows(text, "exact duplicate") if row[1] in SAMPLE}
@@ -251,15 +252,26 @@ def test_every_ledger_row_is_counted_once(tmp_path_factory, lines):
 # --- parts ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_contamination_shows_counts_that_it_does_not_know():
-    example = {"id": "1", "row": "r", "item": "i", "kind": "number_twin", "coverage": 0.9}
-    cell = {"rows": 3, "items": 2, "item_share": 0.02, "number_twin": 1, "kinds": {"verbatim": 2}, "examples": [example]}
-    empty = {"rows": 0, "items": 0, "item_share": 0.0, "examples": []}
-    section = contamination_section({"quiz": {"items": 100, "datasets": {"a": cell, "b": empty}}}, {"a": {}, "b": {}})
+def test_contamination_shows_each_kind_and_twins_apart():
+    """The table that dedup writes, not one like it."""
+    made = ContaminationTable([Item("quiz", f"question {number}") for number in range(100)])
+    made.add("a", "1", "row one", [Hit(0, 1.0, "verbatim")])
+    made.add("a", "2", "row two", [Hit(1, 0.7, "reworded")])
+    made.add("b", "3", "row three", [Hit(2, 0.9, "number_twin")])
+    section = contamination_section(made.summary({"a": 10, "b": 10, "c": 10}), {"a": {}, "b": {}, "c": {}})
     table, _, texts = section.parts
-    assert table.header == ("Benchmark", "Questions", "a", "Rows removed")
-    assert table.rows == [["quiz", "100", "3\n2 questions, 2.0 %\nnumber twin 1\nverbatim 2", "3"]]
-    assert texts.texts == [("training row of a, number_twin, coverage 0.9", "r"), ("benchmark question", "i")]
+    assert table.header == ("Benchmark", "Questions", "a", "b", "Rows removed")
+    assert table.rows == [["quiz", "100", "2\n2 questions, 2.0 %\nverbatim 1\nreworded 1", "0\n0 questions, 0.0 %\nnumber twin 1", "2"]]
+    assert ("training row of b, coverage 0.9, number_twin", "row three") in texts.texts
+
+
+def test_paraphrases_are_shown_when_they_were_looked_for():
+    example = {"score": 0.97, "row": "Boil an egg?", "other": "How is an egg boiled?"}
+    report = {"rows": 50, "threshold": 0.95, "pairs": {"a / b": {"count": 3, "examples": [example]}}, "benchmarks": {}}
+    note, table, texts = semantic_section(report).parts
+    assert "0.95 among 50" in note.text
+    assert table.rows == [["a / b", "3"]]
+    assert texts.texts == [("cosine 0.970", "Boil an egg?"), ("and", "How is an egg boiled?")]
 
 
 def test_sources_show_what_a_moving_name_became():

@@ -203,8 +203,8 @@ def test_addresses():
 
 
 def test_a_funnel_accounts_for_every_row():
-    funnel = data_funnel({"datasets": {"a": {"read": 10, "kept": 4, "near": 1, "filter_refusal": 2}}})
-    assert funnel[0]["removed"] == {"refusal": 2, "near duplicate": 1, "other reasons": 3}
+    funnel = data_funnel({"datasets": {"a": {"read": 10, "kept": 4, "near": 1, "filter_refusal": 1, "filter_broken_python": 1}}})
+    assert funnel[0]["removed"] == {"refusal": 1, "broken python": 1, "near duplicate": 1, "other reasons": 3}
     assert data_funnel(None) == data_funnel({}) == []
 
 

@@ -46,6 +46,8 @@ class CardInputs:
     """Stage (dedup, mix, tokenize) -> its object."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """Address -> why it is not there."""
+    semantic: Mapping[str, Any] = field(default_factory=dict)
+    """What dedup's optional semantic pass reports (its manifest's metrics); empty without one."""
 
 
 def built_data(recipe: Recipe, store: Store) -> CardInputs:
@@ -62,7 +64,8 @@ def built_data(recipe: Recipe, store: Store) -> CardInputs:
         raise DataError(
             f"Nothing is built of the data of recipe {recipe.name!r} in {store.root}. Build it with `pesc run {recipe.name} --until tokenize`."
         )
-    return CardInputs(recipe.name, recipe.description, sources, objects, missing)
+    semantic = next((a.manifest.metrics.get("semantic") for a in actions if a.address == "dedup" and a.manifest), None)
+    return CardInputs(recipe.name, recipe.description, sources, objects, missing, semantic or {})
 
 
 def _uses(recipe: Recipe) -> dict[str, tuple[str, ...]]:

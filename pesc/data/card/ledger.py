@@ -14,8 +14,11 @@ import numpy as np
 
 EXAMPLES = 4
 """Rows shown of each reason, evenly spread over the ledger."""
-_FIRST, _LAST = ("malformed",), ("exact", "near", "semantic", "contaminated")
-_LABELS = {"malformed": "not a conversation", "exact": "exact duplicate", "near": "near-duplicate", "contaminated": "in a benchmark"}
+_FIRST, _LAST = ("malformed",), ("exact", "near", "contaminated", "group_cap")
+_LABELS = {
+    "malformed": "not a conversation", "exact": "exact duplicate", "near": "near-duplicate", "contaminated": "in a benchmark",
+    "group_cap": "over the cap of its group",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def sections_of(inputs: CardInputs) -> list[Section]:
     sections.append(sources_section(inputs.sources))
     if dedup := inputs.objects.get("dedup"):
         sections += dedup_sections(dedup)
+    if inputs.semantic:
+        sections.append(semantic_section(inputs.semantic))
     if mix := inputs.objects.get("mix"):
         sections += mixture_sections(mix, read_stats(mix), inputs.objects.get("tokenize"))
     if tokenize := inputs.objects.get("tokenize"):
@@ -189,7 +191,7 @@ def duplicates_section(ledger: Ledger) -> Section:
 
 def contamination_section(table: Mapping[str, Any], datasets: Mapping[str, Any]) -> Section:
     """Benchmark × data set: rows removed, questions found; then examples."""
-    names = [name for name in datasets if any(entry["datasets"].get(name, {}).get("rows") for entry in table.values())]
+    names = [name for name in datasets if any(_is_touched(entry["datasets"].get(name, {})) for entry in table.values())]
     rows, examples = [], []
     for benchmark, entry in table.items():
         cells = {name: entry["datasets"].get(name, {}) for name in names}
@@ -199,25 +201,57 @@ def contamination_section(table: Mapping[str, Any], datasets: Mapping[str, Any])
         texts = [text for name, cell in cells.items() for one in cell.get("examples", ()) for text in _contamination_texts(name, one)]
         if texts:
             examples.append(Texts(f"{benchmark}: {len(texts) // 2} of {everywhere:,} rows", texts))
-    note = "Each cell: rows removed; below, the benchmark's questions that they hold and their share. Data sets without any are not shown."
+    note = (
+        "Each cell: rows that hold a question and were removed; below, the benchmark's questions found and their share, and rows by kind. A number "
+        "twin is a question with other numbers: it is counted apart, and removed only if the recipe says so. Data sets without any are not shown."
+    )
     header = ("Benchmark", "Questions", *names, "Rows removed")
     return Section("contamination", "Benchmark questions in the training data", (Table(header, rows), Note(note), *examples))
 
 
+def semantic_section(report: Mapping[str, Any]) -> Section:
+    """Paraphrases that an embedding model found; nothing was removed for them."""
+    groups = {**report["pairs"], **{f"in {name}": found for name, found in report["benchmarks"].items()}}
+    rows = [[name, count(found["count"])] for name, found in groups.items()]
+    note = (
+        f"Pairs with a cosine of at least {report['threshold']:g} among {report['rows']:,} of the kept rows, drawn at random, and between these and "
+        "the benchmark questions. Reported, not removed: the same subject is hard to tell from a paraphrase."
+    )
+    examples = [
+        Texts(
+            f"{name}: {len(found['examples'])} of {found['count']:,} pairs",
+            [text for one in found["examples"] for text in _pair_texts(one)],
+        )
+        for name, found in groups.items()
+    ]
+    table = [Table(("Between", "Pairs"), rows)] if rows else []
+    return Section("semantic", "Paraphrases", (Note(note), *table, *examples))
+
+
+def _pair_texts(example: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield f"cosine {example['score']:.3f}", clip(str(example["row"]))
+    yield "and", clip(str(example["other"]))
+
+
+def _is_touched(cell: Mapping[str, Any]) -> bool:
+    return bool(cell.get("rows")) or any(number for _, number in _flat(cell))
+
+
 def _contamination_cell(cell: Mapping[str, Any]) -> str:
-    if not cell.get("rows"):
+    if not _is_touched(cell):
         return "0"
     more = [f"{key.replace('_', ' ')} {value:,}" for key, value in _flat(cell) if value]
     return "\n".join([f"{cell['rows']:,}", f"{cell.get('items', 0):,} questions, {share(cell.get('item_share', 0), 1)}", *more])
 
 
 def _flat(cell: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Further counts of a cell, also ones that are a map of counts."""
+    """Further counts of a cell, also ones that are a map of counts, or of {rows, items}."""
     for key, value in cell.items():
         if key in _CELL_KEYS:
             continue
         if isinstance(value, Mapping):
-            yield from ((name, number) for name, number in value.items() if isinstance(number, int))
+            counts = ((name, number.get("rows") if isinstance(number, Mapping) else number) for name, number in value.items())
+            yield from ((name, number) for name, number in counts if isinstance(number, int))
         elif isinstance(value, int):
             yield key, value
 
