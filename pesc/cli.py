@@ -64,10 +64,21 @@ def recipes() -> None:
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="DeepSpeed's settings of each trained arm, as JSON, instead.")] = False,
+) -> None:
     """Print a recipe in full: defaults filled in, overrides applied."""
-    resolved = load_recipe(recipe, overrides or ()).model_dump(mode="json")
-    if as_json:
+    loaded = load_recipe(recipe, overrides or ())
+    resolved = loaded.model_dump(mode="json")
+    if deepspeed:
+        from pesc.train.deepspeed import configs_by_arm
+
+        arms = {name: loaded.train_of(name) for name, arm in loaded.arms.items() if arm.method != "dense"}
+        print(json.dumps(configs_by_arm(arms, loaded.execution), indent=2))
+    elif as_json:
         print(json.dumps(resolved, indent=2))
     else:
         import yaml

@@ -127,6 +127,7 @@ STAGES: tuple[Stage, ...] = (
         "pesc.models.upcycle:build",
         (
             "pesc.models.upcycle",
+            "pesc.models.mixtral",
             "pesc.models.published",
             "pesc.models.pickle_files",
             "pesc.models.tensor_files",
@@ -141,7 +142,7 @@ STAGES: tuple[Stage, ...] = (
         TrainConfig,
         2,
         "pesc.train.stage:build",
-        ("pesc.train", "pesc.models.factory", "pesc.moe"),
+        ("pesc.train", "pesc.models.factory", "pesc.models.mixtral", "pesc.moe"),
         wants_gpu=True,
         summary="distributed QLoRA",
     ),
@@ -152,6 +153,8 @@ STAGES: tuple[Stage, ...] = (
         "pesc.models.merge:build",
         (
             "pesc.models.merge",
+            "pesc.models.merge_whole",
+            "pesc.models.mixtral",
             "pesc.models.lora",
             "pesc.models.pickle_files",
             "pesc.models.nf4",
@@ -318,12 +321,12 @@ def _data_nodes(recipe: Recipe) -> Iterable[Node]:
 def _arm_nodes(recipe: Recipe, arm: str) -> Iterable[Node]:
     method = recipe.arms[arm].method
     model = final = f"download[{recipe.base}]"
-    if method == "pesc":
+    if method in ("pesc", "upcycle-full"):
         yield _node("upcycle", arm, recipe.upcycle_of(arm), {"model": model})
         model = f"upcycle[{arm}]"
     if method != "dense":
         yield _node("train", arm, recipe.train_of(arm), {"model": model, "blocks": "tokenize"})
-        yield _node("merge", arm, recipe.merge, {"model": model, "adapter": f"train[{arm}]", "blocks": "tokenize"})
+        yield _node("merge", arm, recipe.merge_of(arm), {"model": model, "adapter": f"train[{arm}]", "blocks": "tokenize"})
         final = f"merge[{arm}]"
     for name, benchmark in recipe.evaluate.benchmarks.items():
         data = {"data": f"download[{benchmark.source}]"} if benchmark.source else {}

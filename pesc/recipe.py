@@ -31,7 +31,7 @@ from pesc.evaluate.config import EvaluateConfig, ReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.stage import Execution, StageConfig
 from pesc.store.digest import canonical_json
-from pesc.train.config import TrainConfig
+from pesc.train.config import UNQUANTIZED, TrainConfig
 
 C = TypeVar("C", bound=StageConfig)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one reads a recipe ten times faster
@@ -43,7 +43,10 @@ MAX_NAME = 100
 class ArmConfig(StageConfig):
     """One line of the comparison."""
 
-    method: Literal["pesc", "qlora", "dense"] = Field(description="pesc: sparse. qlora: the dense control. dense: the base as it came.")
+    method: Literal["pesc", "qlora", "lora", "upcycle-full", "dense"] = Field(
+        description="pesc: sparse. qlora: the dense control. lora: the same without quantisation. upcycle-full: each expert a whole FFN, "
+        "everything trained. dense: the base as it came."
+    )
     upcycle: dict[str, Any] = Field(default_factory=dict, description="Overrides of the recipe's upcycle block.")
     train: dict[str, Any] = Field(default_factory=dict, description="Overrides of the recipe's train block.")
 
@@ -99,13 +102,21 @@ class Recipe(StageConfig):
 
     def upcycle_of(self, arm: str) -> UpcycleConfig:
         """The upcycle settings of one arm."""
-        return _override(self.upcycle, self.arms[arm].upcycle, f"arms.{arm}.upcycle")
+        base = self.upcycle
+        if self.arms[arm].method == "upcycle-full":  # of the recipe's block, what is not about adapters
+            base = UpcycleConfig(kind="whole", **base.model_dump(include={"num_experts", "top_k", "seed", "dtype"}))
+        return _override(base, self.arms[arm].upcycle, f"arms.{arm}.upcycle")
 
     def train_of(self, arm: str) -> TrainConfig:
         """The training settings of one arm; `method` is the arm's."""
         method = self.arms[arm].method
         fixed = {} if method == "dense" else {"method": method}
-        return _override(self.train, {**self.arms[arm].train, **fixed}, f"arms.{arm}.train")
+        implied = {"quantization": "none"} if method in UNQUANTIZED else {}
+        return _override(self.train, {**implied, **self.arms[arm].train, **fixed}, f"arms.{arm}.train")
+
+    def merge_of(self, arm: str) -> MergeConfig:
+        """The merge settings of one arm: what was trained without quantisation has no 4-bit weights to fold into."""
+        return self.merge.model_copy(update={"base": "original"}) if self.arms[arm].method in UNQUANTIZED else self.merge
 
 
 def _check_names(value: Mapping[str, Any]) -> None:

@@ -42,6 +42,9 @@ class Execution(BaseModel):
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
     gradient_checkpointing: bool = Field(default=True, description="Recompute activations in the backward pass: less memory, more time.")
     save_every_steps: int = Field(default=200, ge=1, description="Optimizer steps between checkpoints that a killed run resumes from.")
+    gradient_check_steps: int = Field(
+        default=8, ge=1, description="Optimizer steps in which everything declared trainable must have got a gradient, or the run stops."
+    )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")

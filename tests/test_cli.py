@@ -72,6 +72,18 @@ def test_show_prints_a_recipe_that_loads_again(pesc, tmp_path):
     assert "learning_rate: 0.0001" in done.stdout
 
 
+def test_show_deepspeed_says_what_each_trained_arm_runs_with(pesc):
+    import json
+
+    asked = ("execution.num_processes=4", "execution.num_nodes=2", "execution.device=cuda", "execution.zero_stage=3")
+    shown = json.loads(pesc("show", "camelidae-8x7b", "--deepspeed", *asked).stdout)
+    assert (shown["device"], shown["world_size"], list(shown["arms"])) == ("cuda", 8, ["pesc", "qlora"])
+    for arm in shown["arms"].values():
+        assert arm["zero_optimization"]["stage"] == 3
+        assert arm["train_micro_batch_size_per_gpu"] * arm["gradient_accumulation_steps"] * 8 == arm["train_batch_size"] == 128
+    assert "cannot share evenly" in " ".join(pesc("show", "demo", "--deepspeed", "execution.num_processes=7").stderr.split())
+
+
 def test_gc_is_a_dry_run_and_fsck_of_an_empty_store_is_clean(pesc):
     assert "Would free 0.0 MB" in pesc("gc").stdout
     assert "0 actions, 0 objects: clean" in pesc("fsck").stdout

@@ -150,3 +150,39 @@ def test_a_path_in_extends_is_relative_to_the_file_that_holds_it(write, tmp_path
     (tmp_path / "sub" / "child.yaml").write_text("extends: ../tiny.yaml\nname: child\n")
     monkeypatch.chdir("/")
     assert load_recipe(str(tmp_path / "sub" / "child.yaml")).mix.total == 10
+
+
+def test_an_arm_without_quantisation_says_so_itself(write):
+    """The recipe's own default is 4 bit; the arm's method decides."""
+    recipe = load_recipe(write({"arms": {"pesc": {"method": "pesc"}, "lora": {"method": "lora"}}, "merge": {"base": "dequantized"}}))
+    assert (recipe.train_of("pesc").quantization, recipe.train_of("lora").quantization) == (recipe.train.quantization, "none")
+    configs = {node.address: node.config for node in build_graph(recipe).nodes}
+    assert (configs["merge[pesc]"].base, configs["merge[lora]"].base) == ("dequantized", "original")
+    assert "upcycle[lora]" not in configs
+
+
+def test_an_arm_without_quantisation_refuses_it(write):
+    with pytest.raises(
+        RecipeError, match="method lora trains on weights that are not quantised: set quantization to none, or use method qlora"
+    ):
+        load_recipe(write({"arms": {"lora": {"method": "lora", "train": {"quantization": "nf4"}}}}))
+
+
+def test_an_arm_of_whole_experts_is_upcycled_without_the_settings_of_adapters(write):
+    recipe = load_recipe(
+        write(
+            {
+                "arms": {"pesc": {"method": "pesc"}, "full": {"method": "upcycle-full", "upcycle": {"num_experts": 4}}},
+                "upcycle": {"top_k": 2, "adapter_dim": 64, "shared_adapter_dim": 8, "seed": 3},
+            }
+        )
+    )
+    full = recipe.upcycle_of("full")
+    assert (full.kind, full.num_experts, full.top_k, full.seed) == ("whole", 4, 2, 3)
+    nodes = {node.address: node for node in build_graph(recipe).nodes}
+    assert nodes["train[full]"].inputs["model"] == nodes["merge[full]"].inputs["model"] == "upcycle[full]"
+    assert nodes["train[full]"].config.quantization == "none"
+    with pytest.raises(RecipeError, match="adapter_dim is a setting of adapters"):
+        load_recipe(write({"arms": {"full": {"method": "upcycle-full", "upcycle": {"adapter_dim": 64}}}}))
+    with pytest.raises(RecipeError, match="routers have no bias to select with"):
+        load_recipe(write({"arms": {"full": {"method": "upcycle-full", "train": {"balance": {"kind": "bias"}}}}}))

@@ -13,6 +13,11 @@ from pesc.stage import StageConfig
 class UpcycleConfig(StageConfig):
     """Shape and start of the sparse model."""
 
+    kind: Literal["adapters", "whole"] = Field(
+        default="adapters",
+        description="adapters: experts are adapters on one shared FFN. whole: every expert is a copy of the dense FFN (a Mixtral), for arms of "
+        "method upcycle-full, which set it themselves.",
+    )
     num_experts: int = Field(default=8, ge=1, description="Adapters on each shared FFN (E).")
     top_k: int = Field(default=2, ge=1, description="Adapters that a token uses (K).")
     adapter_dim: int = Field(default=512, ge=1, description="Width of an adapter (R).")
@@ -38,12 +43,16 @@ class UpcycleConfig(StageConfig):
             )
         if 1 in (self.layer_experts or (self.num_experts,)):
             raise ValueError("one expert leaves the router nothing to choose, and no gradient: give a layer 0 experts, or at least 2")
+        own = ("adapter_dim", "scaling", "dispatch", "adapter_input", "layer_experts", "shared_adapter_dim")
+        fields = type(self).model_fields
+        if self.kind == "whole" and (unfit := [name for name in own if getattr(self, name) != fields[name].default]):
+            raise ValueError(f"{unfit[0]} is a setting of adapters, and an expert of kind whole has none: leave it out")
         self.block()
         return self
 
     def block(self) -> PescConfig:
         """The `pesc` block of the model that these settings make.  Raises ValueError for values that do not fit together."""
-        return PescConfig.from_dict(self.model_dump(exclude={"dtype"}))
+        return PescConfig.from_dict(self.model_dump(exclude={"dtype", "kind"}))
 
 
 class MergeConfig(StageConfig):

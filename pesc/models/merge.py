@@ -39,14 +39,18 @@ _DIGITS = 4
 
 def build(ctx: StageContext) -> BuildResult:
     """Merge `ctx.inputs["adapter"]` into `ctx.inputs["model"]` and prove it on prompts of `ctx.inputs["blocks"]`."""
+    from pesc.models import merge_whole
     from pesc.models.proof import prove, read_prompts
 
+    training = read_training(ctx.inputs["adapter"])
+    if training["config"].get("method") == "upcycle-full":
+        return merge_whole.build(ctx, training)
     parts = read_parts(ctx.inputs["model"], ctx.inputs["adapter"], ctx.config)
     prompts = read_prompts(ctx.inputs["blocks"], ctx.config.proof_prompts)
     ledger = write_merged(parts, ctx.out, ctx.config, ctx.progress)
     ctx.progress(0, 1, unit="proofs", message="comparing the merged model with the unmerged one")
     proof = prove(parts, ctx.out, prompts, ctx.config)
-    _write_json(ctx.out / "proof.json", proof)
+    write_json(ctx.out / "proof.json", proof)
     ctx.progress(1, 1, unit="proofs", message="merged == unmerged")
     counts = {f"{action}_tensors": sum(entry["action"] == action for entry in ledger) for action in ("merged", "trained", "copied")}
     return BuildResult(metrics={**counts, "max_logit_difference": proof["logits"]["max_difference"]})
@@ -193,7 +197,7 @@ def write_merged(
     fields = {name: value for name, value in parts.fields.items() if name != "torch_dtype"}  # the old name of dtype
     write_config(out_dir, fields | {"dtype": config.dtype})
     link_companions(parts.model_dir, out_dir)
-    _write_json(out_dir / "ledger.json", {"base": config.base, "lora_scaling": parts.lora.scaling, "tensors": ledger})
+    write_json(out_dir / "ledger.json", {"base": config.base, "lora_scaling": parts.lora.scaling, "tensors": ledger})
     _warn_of_idle_experts(ledger)
     return ledger
 
@@ -265,5 +269,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write one of the records beside the weights, so that equal contents are equal bytes."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -52,26 +52,26 @@ def prove(parts: MergeParts, merged_dir: Path, prompts: list[str], config: Merge
     """Compare; returns what proof.json holds.  Raises ModelError when a comparison is out of its tolerance."""
     import torch
 
-    tokens = _encode(parts.model_dir, prompts)
+    tokens = encode(parts.model_dir, prompts)
     with torch.inference_mode():
-        model = _load(parts.model_dir, parts.fields)
-        start = _run(model, tokens)
+        model = load(parts.model_dir, parts.fields)
+        start = run(model, tokens)
         unmerged = _apply_training(model, parts)
-        expected = _run(unmerged, tokens)
+        expected = run(unmerged, tokens)
         weights = _compare_weights(unmerged.merge_and_unload(), merged_dir, config.dtype)
         del model, unmerged
-        merged = _run(_load(merged_dir), tokens)
+        merged = run(load(merged_dir), tokens)
     return {
         "tolerance": {"logits": LOGIT_TOLERANCE[config.dtype], "weights": ROUNDING[config.dtype]},
         "prompts": len(tokens),
         "tokens": sum(ids.numel() for ids in tokens),
         "weights": weights,
-        "logits": _compare_logits(start, expected, merged, config.dtype),
+        "logits": compare_logits(start, expected, merged, config.dtype),
         "routing": _compare_routing(expected, merged),
     }
 
 
-def _encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
+def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
     """Token ids [1, S] of each prompt; the prompts are rendered already, special tokens included."""
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def _encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
     return [ids for ids in encoded if ids.numel()]
 
 
-def _load(directory: Path, fields: Mapping[str, Any] | None = None) -> Any:
+def load(directory: Path, fields: Mapping[str, Any] | None = None) -> Any:
     """The model of a directory in fp32; with `fields`, as a model of that config.json."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -108,7 +108,7 @@ def _apply_training(model: Any, parts: MergeParts) -> Any:
     return PeftModel.from_pretrained(model, parts.adapter_dir).eval()
 
 
-def _run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+def run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """Per prompt: `logits` [S, V] and, by router, the sorted chosen experts [S, K]."""
     from pesc.moe.layer import sparse_parameters
 
@@ -161,7 +161,8 @@ def _compare_buffers(reference: Any, written: TensorDirectory) -> None:
             raise ModelError(f"The merged {name} is not the trained one. The merge is refused; this is a defect of the merge: report it.")
 
 
-def _compare_logits(start: list, expected: list, merged: list, dtype: str) -> dict[str, Any]:
+def compare_logits(start: list, expected: list, merged: list, dtype: str) -> dict[str, Any]:
+    """How far the merged logits are from the expected ones, and those from the start's.  Raises ModelError above the tolerance of `dtype`."""
     import torch
 
     reference, found, before = (torch.cat([result["logits"] for result in results]) for results in (expected, merged, start))

@@ -46,7 +46,10 @@ DENSE_NAME = "model-00001-of-00001.safetensors"
 
 def build(ctx: StageContext) -> BuildResult:
     """Build the sparse directory of `ctx.inputs["model"]` in `ctx.out`."""
-    metrics = upcycle_directory(ctx.inputs["model"], ctx.out, ctx.config, progress=ctx.progress)
+    from pesc.models.mixtral import upcycle_whole
+
+    upcycle = upcycle_whole if ctx.config.kind == "whole" else upcycle_directory
+    metrics = upcycle(ctx.inputs["model"], ctx.out, ctx.config, progress=ctx.progress)
     return BuildResult(metrics=metrics)
 
 

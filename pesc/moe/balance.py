@@ -20,7 +20,9 @@ gradient.  P must be the softmax over ALL experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,12 +109,15 @@ class RouterRecorder:
     Entering again starts anew; logits stay readable (with their graph) after the exit until the next entry or `clear`.
     """
 
-    def __init__(self, model: nn.Module):
-        self.routers = find_routers(model)
+    def __init__(self, model: nn.Module, routers: Mapping[str, nn.Module] | None = None):
+        """routers: by name, modules with `weight`, `top_k` and `num_experts` whose output, or its first part, is the logits; None: the
+        model's `Router`s.
+        """
+        self.routers: dict[str, Any] = dict(find_routers(model) if routers is None else routers)
         if not self.routers:
             raise ValueError("this model has no router: it is dense, and there is no routing to record")
         self.logits: dict[str, torch.Tensor] = {}
-        """Router's module name -> logits [B, S, E] of the last forward pass, in layer order."""
+        """Router's module name -> logits [B, S, E] of the last forward pass (foreign routers: [T, E]), in layer order."""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> RouterRecorder:
@@ -130,10 +135,10 @@ class RouterRecorder:
         self.logits = {}
 
     def _hook_of(self, name: str):
-        def record(_module: nn.Module, _inputs: tuple, logits: torch.Tensor) -> None:
+        def record(_module: nn.Module, _inputs: tuple, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # inside a backward pass: a recomputation of what is recorded already
-            self.logits[name] = logits
+            self.logits[name] = output if isinstance(output, torch.Tensor) else output[0]
 
         return record
 
@@ -185,7 +190,7 @@ class RouterRecorder:
     def _selection(self, name: str) -> tuple[int, torch.Tensor | None]:
         """K and the bias of a router."""
         router = self.routers[name]
-        return router.top_k, router.selection_bias
+        return router.top_k, getattr(router, "selection_bias", None)
 
     def statistics(self, mask_BS: torch.Tensor | None = None) -> dict[str, RoutingStatistics]:
         """Router's name -> what it did.  Waits for the device: call it when you log, not in every step."""
@@ -196,6 +201,6 @@ def _flatten(logits: torch.Tensor, mask_BS: torch.Tensor | None) -> tuple[torch.
     flat_TE = logits.reshape(-1, logits.shape[-1])
     if mask_BS is None:
         return flat_TE, None
-    if mask_BS.shape != logits.shape[:-1]:
+    if mask_BS.shape != logits.shape[:-1] and (logits.ndim > 2 or mask_BS.numel() != len(logits)):
         raise ValueError(f"the mask has shape {tuple(mask_BS.shape)}, the logits are of {tuple(logits.shape[:-1])} positions")
     return flat_TE, mask_BS.reshape(-1).to(flat_TE.device).bool()

@@ -6,7 +6,9 @@ L sparse layers, E experts, K active experts, T tokens that count.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,27 +21,47 @@ from torch import nn
 from pesc.errors import TrainingFailedError
 from pesc.train.modeling import PEFT_PREFIX, trainable_parameters
 
+logger = logging.getLogger(__name__)
+EXPERT_TENSOR = re.compile(r"\blayers\.(?P<layer>\d+)\.mlp\.(adapters\.(down|up)|experts\.(gate_up_proj|down_proj))$")
+"""Tensors of a slice [e] an expert: adapters of this package, experts of transformers' Mixtral."""
+_MOST_NAMED = 8
+
 
 class GradientWatch:
     """Makes sure that everything declared trainable is trained.
 
     Every tensor must have got a gradient in the first step, and one that is not all zeros by the end of step `patience`.  (In the first
-    step those of `down`, the router and lora_A are zeros: `up` and lora_B still are.)
+    step those of `down`, the router and lora_A are zeros: `up` and lora_B still are.)  An expert whose slices of all its tensors stay
+    without one until then is warned of: its router has not chosen it, which more data may mend.
     """
 
-    def __init__(self, model: nn.Module, steps: int, device: torch.device, patience: int = 8, least: int = 4) -> None:
+    def __init__(self, model: nn.Module, steps: int, device: torch.device, patience: int = 8, least: int = 4, tells: bool = True) -> None:
+        """steps: of the run; one shorter than `least` is not blamed for zeros.  tells: whether this rank warns of experts."""
         self._names = [name for name, _ in trainable_parameters(model)]
+        self._tells = tells
+        self._experts = {
+            name: torch.zeros(_shape_of(parameter)[0], device=device)
+            for name, parameter in trainable_parameters(model)
+            if EXPERT_TENSOR.search(name) and len(_shape_of(parameter)) == 3
+        }
         self._index = {name: index for index, name in enumerate(self._names)}
         self._came = torch.zeros(len(self._names), device=device)
         self._lives = torch.zeros(len(self._names), device=device)
         self._steps = 0
         self._deadline = min(patience, steps) if steps >= least else None
-        self._handles = [parameter.register_hook(self._hook(self._index[name])) for name, parameter in trainable_parameters(model)]
+        self._handles = [parameter.register_hook(self._hook(name)) for name, parameter in trainable_parameters(model)]
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, name: str) -> Any:
+        index, experts_E = self._index[name], self._experts.get(name)
+
         def note(gradient: torch.Tensor) -> None:
             self._came[index] = 1.0
-            self._lives[index] += gradient.detach().any()
+            if experts_E is None:
+                self._lives[index] += gradient.detach().any()
+                return
+            lives_E = gradient.detach().flatten(1).any(dim=1)
+            experts_E.add_(lives_E)
+            self._lives[index] += lives_E.any()
 
         return note
 
@@ -50,6 +72,7 @@ class GradientWatch:
             self._require(self._came, reduce_max, "got no gradient at all in the first step")
         if self._deadline is not None and self._steps == self._deadline:
             self._require(self._lives, reduce_max, f"got a gradient of zeros in each of the first {self._steps} steps")
+            self._warn_of_idle_experts(reduce_max)
         if self._steps >= (self._deadline or 1):
             for handle in self._handles:
                 handle.remove()
@@ -66,6 +89,34 @@ class GradientWatch:
                 f"{silent[0]}{others} is declared trainable but {what}, so it would come out as it went in: check the labels (is anything "
                 "supervised?), that the routers have a balance loss or top_k > 1, and that the targets belong to the path that is used."
             )
+
+    def _warn_of_idle_experts(self, reduce_max: Any) -> None:
+        """One sentence with the experts, by layer, that nothing has reached.  All ranks must call it."""
+        if not self._experts:
+            return
+        flags = torch.cat(list(self._experts.values()))
+        reduce_max(flags)
+        lives: dict[str, list[bool]] = {}
+        for name, part in zip(self._experts, flags.split([len(part) for part in self._experts.values()]), strict=True):
+            found = EXPERT_TENSOR.search(name)
+            layer = found["layer"] if found else name
+            before = lives.get(layer, [False] * len(part))
+            lives[layer] = [was or bool(flag) for was, flag in zip(before, part.tolist(), strict=True)]
+        idle = [f"expert {expert} of layer {layer}" for layer, alive in lives.items() for expert, is_on in enumerate(alive) if not is_on]
+        if idle and self._tells:
+            others = f" and {len(idle) - _MOST_NAMED} more" if len(idle) > _MOST_NAMED else ""
+            logger.warning(
+                "No gradient has reached %s%s in the first %d steps: no supervised token chose them; if that lasts, raise "
+                "train.balance.coefficient or use fewer experts.",
+                ", ".join(idle[:_MOST_NAMED]),
+                others,
+                self._steps,
+            )
+
+
+def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole shape, also where ZeRO-3 has partitioned the parameter away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class StepTotals:

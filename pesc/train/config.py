@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from pesc.stage import StageConfig
 
-Method = Literal["pesc", "qlora"]
+Method = Literal["pesc", "qlora", "lora", "upcycle-full"]
+UNQUANTIZED: tuple[Method, ...] = ("lora", "upcycle-full")
+"""Methods whose weights are in the compute dtype."""
 
 
 class LoraConfig(StageConfig):
@@ -21,6 +23,9 @@ class LoraConfig(StageConfig):
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
         description="Names of the projections that get LoRA.",
+    )
+    plus_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: learning rate of lora_B over that of lora_A (Hayou et al. 2024); 1: plain LoRA."
     )
 
 
@@ -40,25 +45,59 @@ class BalanceConfig(StageConfig):
     )
 
 
+class LearningRates(StageConfig):
+    """Learning rates of parts of the model; where there is none, train.learning_rate.  One schedule shapes them all."""
+
+    lora: float | None = Field(default=None, gt=0, description="Of lora_A; lora_B has lora.plus_ratio times it.")
+    bank: float | None = Field(default=None, gt=0, description="Of the experts.")
+    router: float | None = Field(default=None, gt=0, description="Of the routers.")
+
+
 class TrainConfig(StageConfig):
     """One training run.  World size and ZeRO stage are not here: they change the order of sums only."""
 
-    method: Method = Field(default="pesc", description="pesc: bank + router + LoRA. qlora: LoRA alone on the dense model, the control.")
-    quantization: Literal["nf4", "none"] = Field(default="nf4", description="nf4: 4-bit base with double quantisation.")
+    method: Method = Field(
+        default="pesc",
+        description="pesc: bank + router + LoRA. qlora: LoRA alone on the dense model, the control. "
+        "lora: the same, never quantised. upcycle-full: every expert a whole copy of the dense FFN, everything trained.",
+    )
+    quantization: Literal["nf4", "none"] = Field(
+        default="nf4", description="nf4: 4-bit base with double quantisation. none: the only choice of methods lora and upcycle-full."
+    )
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     lora: LoraConfig = Field(default_factory=LoraConfig)
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
     learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rates: LearningRates = Field(default_factory=LearningRates)
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the optimizer steps spent warming up.")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=0.3, gt=0)
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused"] = "paged_adamw_8bit"
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, gt=0, description="Stop after this many optimizer steps, whatever epochs says.")
     global_batch_size: int = Field(default=128, ge=1, description="Packed blocks in one optimizer step, over all ranks.")
     micro_batch_size: int = Field(default=1, ge=1, description="Packed blocks in one forward pass of one rank.")
     seed: int = Field(default=42, ge=0, description="Data order and dropout.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_methods_are_not_quantized(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("method") in UNQUANTIZED:
+            return {"quantization": "none"} | fields
+        return fields
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> TrainConfig:
+        if self.method in UNQUANTIZED and self.quantization != "none":
+            qlora = ", or use method qlora" if self.method == "lora" else ""
+            raise ValueError(f"method {self.method} trains on weights that are not quantised: set quantization to none{qlora}")
+        if self.method == "upcycle-full" and (self.balance.kind == "bias" or self.balance.jitter):
+            raise ValueError(
+                "method upcycle-full is a Mixtral, whose routers have no bias to select with and whose jitter reaches the experts too: set "
+                "balance.kind to switch or none, and balance.jitter to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from pesc.stage import Execution
@@ -33,6 +35,25 @@ def make_config(config: TrainConfig, execution: Execution, world_size: int, devi
     if is_bf16 and execution.zero_stage:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def configs_by_arm(arms: Mapping[str, TrainConfig], execution: Execution) -> dict[str, Any]:
+    """What `pesc show --deepspeed` prints: the ranks that training here would have, and the settings of each trained arm.
+
+    Raises RecipeError when the ranks cannot share an arm's batch.  Imports no torch.
+    """
+    from pesc.train.stage import check_batch, choose_processes, count_gpus
+
+    if execution.num_processes:  # said, so that it does not matter which machine is asked
+        per_node, gpus = execution.num_processes, count_gpus(os.environ) if execution.device == "auto" else execution.device == "cuda"
+        device = "cuda" if gpus else "cpu"
+    else:
+        device, per_node = choose_processes(execution)
+    world_size = per_node * execution.num_nodes
+    for config in arms.values():
+        check_batch(config, world_size)
+    made = {name: make_config(config, execution, world_size, device) for name, config in arms.items()}
+    return {"device": device, "world_size": world_size, "arms": made}
 
 
 def _zero(stage: int, device: str) -> dict[str, Any]:

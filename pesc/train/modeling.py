@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import pesc.models
 from pesc.errors import ModelError
+from pesc.models import mixtral
 from pesc.moe.layer import sparse_parameters
 from pesc.moe.router import find_routers
 from pesc.train.config import TrainConfig
@@ -27,7 +28,7 @@ from pesc.train.order import derive_seed
 
 logger = logging.getLogger(__name__)
 PEFT_PREFIX = "base_model.model."
-GROUPS: tuple[str, ...] = ("lora", "bank", "router")
+GROUPS: tuple[str, ...] = ("lora", "bank", "router", "dense")
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,20 @@ class TrainableGroup:
     parameters: int
 
 
-def load_trainable(model_dir: Path, config: TrainConfig, device: str, checkpoint_activations: bool) -> PeftModel:
-    """The model ready for training; equal on every rank.
+def load_trainable(model_dir: Path, config: TrainConfig, device: str, checkpoint_activations: bool) -> PeftModel | PreTrainedModel:
+    """The model ready for training; equal on every rank.  With method upcycle-full it is the bare model and everything in it is trained.
 
     device: "cpu" or "cuda:N".  Raises ModelError when the model does not fit the method, or a LoRA target names no projection.
     """
     base = _load_base(model_dir, config, device)
     _check_method(base, config, model_dir)
-    _check_targets(base, config, model_dir)
-    base.requires_grad_(False)
     if checkpoint_activations:
         _checkpoint_activations(base)
     base.config.use_cache = False
+    if config.method == "upcycle-full":
+        return base.requires_grad_(True)
+    _check_targets(base, config, model_dir)
+    base.requires_grad_(False)
     torch.manual_seed(derive_seed("lora", config.seed))
     model = get_peft_model(base, peft_config(config), autocast_adapter_dtype=False)
     dtype = getattr(torch, config.compute_dtype)
@@ -149,9 +152,14 @@ def _check_method(model: PreTrainedModel, config: TrainConfig, model_dir: Path) 
         raise ModelError(
             f"method is pesc, but {model_dir} (model_type {model.config.model_type}) has no bank: upcycle it first, or train with method qlora."
         )
-    if config.method == "qlora" and is_sparse:
+    if config.method == "upcycle-full" and model.config.model_type != mixtral.MODEL_TYPE:
         raise ModelError(
-            f"method is qlora, but {model_dir} is a sparse model: the control is trained on the dense model, or use method pesc."
+            f"method is upcycle-full, but {model_dir} is of model_type {model.config.model_type}: it trains the Mixtral that `upcycle` with kind "
+            "whole makes of a dense model."
+        )
+    if config.method in ("qlora", "lora") and is_sparse:
+        raise ModelError(
+            f"method is {config.method}, but {model_dir} is a sparse model: the control is trained on the dense model, or use method pesc."
         )
 
 
@@ -175,7 +183,12 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def group_of(name: str) -> str:
-    """lora, bank or router.  Raises ModelError for a name that should not be trained at all."""
+    """lora, bank (also the experts of a Mixtral), router, or dense (all else of a model that is trained in full, which is outside PEFT).
+
+    Raises ModelError for a name that should not be trained at all.
+    """
+    if not name.startswith(PEFT_PREFIX):
+        return "router" if name.endswith(".mlp.gate.weight") else "bank" if ".mlp.experts." in name else "dense"
     if ".lora_" in name:
         return "lora"
     if re.search(r"\.mlp\.adapters\.(shared_)?(down|up)$", name):
@@ -194,10 +207,22 @@ def count_trainable(model: nn.Module) -> list[TrainableGroup]:
     return [TrainableGroup(group, *counts[group]) for group in GROUPS if counts[group][0]]
 
 
-def log_trainable(groups: list[TrainableGroup]) -> None:
-    """One line a group, and the sum."""
-    for row in [
-        *map(asdict, groups),
-        {"group": "all", "tensors": sum(g.tensors for g in groups), "parameters": sum(g.parameters for g in groups)},
-    ]:
-        logger.info("trainable %-6s %5d tensors %15s parameters", row["group"], row["tensors"], f"{row['parameters']:,}")
+def log_trainable(model: nn.Module) -> None:
+    """A line a group, and their sum: tensors, parameters, share of all the model's parameters, dtypes."""
+    groups, dtypes = count_trainable(model), dict[str, set[str]]()
+    for name, parameter in trainable_parameters(model):
+        dtypes.setdefault(group_of(name), set()).add(str(parameter.dtype).removeprefix("torch."))
+    whole = max(1, sum(_count_parameters(parameter) for parameter in model.parameters()))
+    total = TrainableGroup("all", sum(g.tensors for g in groups), sum(g.parameters for g in groups))
+    for row in (*groups, total):
+        dtype = "+".join(sorted(set.union(*dtypes.values()) if row is total else dtypes[row.group]))
+        logger.info(
+            "trainable %-6s %5d tensors %15s parameters %7.3f %% of the model  %s",
+            *(row.group, row.tensors, f"{row.parameters:,}", 100 * row.parameters / whole, dtype),
+        )
+
+
+def _count_parameters(parameter: nn.Parameter) -> int:
+    """Parameters, whatever 4-bit packing or ZeRO-3 has made of them."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())

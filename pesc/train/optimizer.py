@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from pesc.train.config import TrainConfig
+from pesc.train.modeling import group_of
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: str) -> torch.optim.Optimizer:
-    """AdamW over one group.  Paged states need CUDA; on the CPU the same arithmetic runs on ordinary memory, with equal results."""
+def make_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, torch.nn.Parameter]], device: str) -> torch.optim.Optimizer:
+    """AdamW over named parameters, one group a learning rate: equal rates are one group, whatever the parts are called.
+
+    Paged states need CUDA; on the CPU the same arithmetic runs on ordinary memory, with equal results.
+    """
+    groups = group_by_rate(config, parameters)
     settings = {"lr": config.learning_rate, "betas": BETAS, "eps": EPSILON, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw_torch":
-        return torch.optim.AdamW(list(parameters), **settings)
+    if config.optimizer in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW(groups, **settings, fused=True if config.optimizer == "adamw_torch_fused" else None)
     from bitsandbytes.optim.adamw import AdamW
 
     bits = 8 if config.optimizer == "paged_adamw_8bit" else 32
-    return AdamW(list(parameters), **settings, optim_bits=bits, is_paged=device == "cuda")
+    return AdamW(groups, **settings, optim_bits=bits, is_paged=device == "cuda")
+
+
+def group_by_rate(config: TrainConfig, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameter groups in the order of their first parameter, each with its full learning rate."""
+    rates, groups = full_rates(config), {}
+    for name, parameter in parameters:
+        rate = rates[part_of(name)]
+        groups.setdefault(rate, {"params": [], "lr": rate})["params"].append(parameter)
+    return list(groups.values())
+
+
+def part_of(name: str) -> str:
+    """What a parameter's learning rate goes by: its group, with LoRA's two factors apart."""
+    group = group_of(name)
+    if group != "lora":
+        return group
+    return "lora_B" if ".lora_B." in name or ".lora_embedding_B." in name else "lora_A"
+
+
+def full_rates(config: TrainConfig) -> dict[str, float]:
+    """Part -> its learning rate after the warm-up and before any decay."""
+    own, plain = config.learning_rates, config.learning_rate
+    lora = own.lora or plain
+    return {
+        "lora_A": lora,
+        "lora_B": lora * config.lora.plus_ratio,
+        "bank": own.bank or plain,
+        "router": own.router or plain,
+        "dense": plain,
+    }
+
+
+def rates_at(config: TrainConfig, step: int, steps: int, parts: Iterable[str]) -> dict[str, float]:
+    """Part -> its learning rate in optimizer step `step` (from 0) of `steps`."""
+    factor, full = learning_rate_at(config, step, steps) / config.learning_rate, full_rates(config)
+    return {part: full[part] * factor for part in parts}
 
 
 def count_warmup_steps(config: TrainConfig, steps: int) -> int:
@@ -43,5 +85,5 @@ def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """`learning_rate_at` as a torch scheduler."""
+    """`learning_rate_at` as a torch scheduler: one shape for every group."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(config, step, steps) / config.learning_rate)

@@ -61,7 +61,7 @@ def _train(job: Job, rank: int) -> None:
     model = load_trainable(job.model, config, _device_of(job), job.execution.gradient_checkpointing)
     groups = count_trainable(model)
     if rank == 0:
-        log_trainable(groups)
+        log_trainable(model)
     blocks = PackedBlocks(job.blocks)
     data = OrderedBlocks(blocks, BlockOrder(len(blocks), config.seed), job.steps * config.global_batch_size)
     trainer = PescTrainer(model, _arguments(job), data, job, stop, _StepReporter(rank, job))

@@ -3,6 +3,7 @@
     adapter/adapter_config.json, adapter_model.safetensors   loads with peft.PeftModel.from_pretrained
     bank.safetensors                                         sparse models: model.layers.{l}.mlp.{adapters.down, adapters.up, router.weight},
                                                              and, where the model has them, adapters.shared_{down,up}, router.bias_steps
+    weights.safetensors                                      method upcycle-full, instead of both: every weight, named as Mixtral checkpoints are
     training.json                                            settings, what was trained, facts that do not depend on time or place
     history.jsonl                                            one line an optimizer step
 
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 
+from pesc.models import mixtral
+from pesc.models.mixtral import WEIGHTS_NAME
 from pesc.train.config import TrainConfig
 from pesc.train.modeling import PEFT_PREFIX, TrainableGroup, group_of, peft_config, selection_biases, trainable_parameters
 
@@ -29,7 +31,7 @@ _ADAPTER_NAME = ".default"
 _NOT_KEPT = ("base_model_name_or_path", "revision", "peft_version")
 
 
-def gather_trained(model: PeftModel, keep: bool) -> dict[str, torch.Tensor]:
+def gather_trained(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """Everything trained, by parameter name, on the CPU; {} where `keep` is False.
 
     All ranks must call it: ZeRO-3 gathers each tensor from all of them.
@@ -56,6 +58,21 @@ def write_result(
 ) -> None:
     """Write the stage's output into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
+    if config.method == "upcycle-full":
+        folder.mkdir(parents=True)
+        weights = {name: tensor.contiguous() for name, tensor in mixtral.to_published(trained).items()}
+        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    else:
+        _write_adapter(folder, trained, config)
+    _write_json(
+        folder / "training.json", {"config": config.model_dump(mode="json"), "trainable": [asdict(g) for g in groups], "facts": facts}
+    )
+    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in history)
+    (folder / "history.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _write_adapter(folder: Path, trained: dict[str, torch.Tensor], config: TrainConfig) -> None:
+    """LoRA in PEFT's own form; bank and routers beside it."""
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
     lora = {name.replace(_ADAPTER_NAME, ""): tensor for name, tensor in trained.items() if group_of(name) == "lora"}
@@ -64,11 +81,6 @@ def write_result(
     _write_json(adapter / "adapter_config.json", _adapter_config(config))
     if bank:
         save_file(bank, folder / "bank.safetensors", metadata={"format": "pt"})
-    _write_json(
-        folder / "training.json", {"config": config.model_dump(mode="json"), "trainable": [asdict(g) for g in groups], "facts": facts}
-    )
-    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in history)
-    (folder / "history.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _adapter_config(config: TrainConfig) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _unexplained(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_pa
 
 
 def _optimizer_note(job: Job) -> str:
-    if job.config.optimizer == "adamw_torch":
-        return "torch AdamW, fp32 states"
+    if job.config.optimizer in ("adamw_torch", "adamw_torch_fused"):
+        return f"torch AdamW{', fused' if job.config.optimizer == 'adamw_torch_fused' else ''}, fp32 states"
     paging = "paged" if job.device == "cuda" else "not paged (the CPU has no unified memory; same arithmetic)"
     return f"bitsandbytes AdamW, {'8-bit' if job.config.optimizer == 'paged_adamw_8bit' else 'fp32'} states, {paging}"

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import distributed
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from pesc.errors import TrainingFailedError
+from pesc.models import mixtral
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.tuning import export_choices
 from pesc.train import checkpoints
@@ -29,7 +30,7 @@ from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
-from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule
+from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule, part_of, rates_at
 from pesc.train.order import RankBatches, derive_seed
 from pesc.train.stop import StopRequest
 
@@ -37,19 +38,22 @@ from pesc.train.stop import StopRequest
 class PescTrainer(Trainer):
     """One rank's trainer.  `interrupted` says why the run ended early, if it did."""
 
-    def __init__(self, model: PeftModel, args: TrainingArguments, data: OrderedBlocks, job: Job, stop: StopRequest, on_step: Any) -> None:
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, args: TrainingArguments, data: OrderedBlocks, job: Job, stop: StopRequest, on_step: Any
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[_EndOfStep(self)])
         self.job, self.stop, self.on_step = job, stop, on_step
         self._data, self._trained = data, model
         self.history, self.throughput = History(), Throughput()
         self.interrupted: str | None = None
         config = model.config
-        self._recorder = RouterRecorder(model) if job.config.method == "pesc" else None
+        self._recorder = _record_routers(model, job.config.method)
         routers = list(self._recorder.routers.values()) if self._recorder else []
         self._totals = StepTotals(args.device, [router.num_experts for router in routers])
-        self._watch = GradientWatch(model, job.steps, args.device)
+        self._watch = GradientWatch(model, job.steps, args.device, job.execution.gradient_check_steps, tells=args.process_index == 0)
+        self._parts = sorted({part_of(name) for name, _ in trainable_parameters(model)})
         self._flatten = config._attn_implementation == "flash_attention_2"
-        self._can_choose_logits = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+        self._can_choose_logits = "logits_to_keep" in inspect.signature(_inside_peft(model).forward).parameters
         self._taken: dict[str, Any] = {}
 
     # ---- data
@@ -132,10 +136,9 @@ class PescTrainer(Trainer):
     # ---- optimizer
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group of everything that is trained."""
+        """One group of everything that is trained with one learning rate."""
         if self.optimizer is None:
-            parameters = [parameter for _, parameter in trainable_parameters(self._trained)]
-            self.optimizer = make_optimizer(self.job.config, parameters, self.args.device.type)
+            self.optimizer = make_optimizer(self.job.config, trainable_parameters(self._trained), self.args.device.type)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -172,9 +175,11 @@ class PescTrainer(Trainer):
         if "grad_norm" not in logs or not self._taken:
             return
         step = self.state.global_step
+        rates = rates_at(self.job.config, step - 1, self.job.steps, self._parts)
         line = {
             "step": step,
             "lr": learning_rate_at(self.job.config, step - 1, self.job.steps),
+            **({"lr_by_part": rates} if len(set(rates.values())) > 1 else {}),
             "grad_norm": float(logs["grad_norm"]),
             **self._taken,
         }
@@ -213,6 +218,17 @@ class PescTrainer(Trainer):
     def floating_point_ops(self, inputs: dict) -> int:
         """Not counted."""
         return 0
+
+
+def _record_routers(model: torch.nn.Module, method: str) -> RouterRecorder | None:
+    """The recorder of a sparse model, this package's or a Mixtral; None for a dense one."""
+    if method == "upcycle-full":
+        return RouterRecorder(model, mixtral.find_routers(model))
+    return RouterRecorder(model) if method == "pesc" else None
+
+
+def _inside_peft(model: PeftModel | PreTrainedModel) -> torch.nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class _EndOfStep(TrainerCallback):

@@ -58,6 +58,55 @@ def test_a_gradient_on_another_rank_counts():
     GradientWatch(model, 1, torch.device("cpu")).end_step(lambda flags: flags.fill_(1.0))
 
 
+class Bank(nn.Module):
+    """Two layers of three experts; a token of the layer takes the experts it is given."""
+
+    def __init__(self):
+        super().__init__()
+        layer = lambda: nn.ModuleDict({"mlp": nn.ModuleDict({"adapters": Adapters()})})  # noqa: E731
+        self.layers = nn.ModuleList([layer(), layer()])
+
+    def forward(self, chosen):
+        return sum(layer["mlp"]["adapters"](experts) for layer, experts in zip(self.layers, chosen, strict=True))
+
+
+class Adapters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.ones(3, 2, 4)), nn.Parameter(torch.ones(3, 2, 4))
+
+    def forward(self, experts):
+        return (self.down[experts] * self.up[experts]).sum()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_an_expert_that_nothing_reaches_is_warned_of_by_layer_once_and_the_run_goes_on(caplog, tells):
+    model = Bank()
+    for name, parameter in model.named_parameters():
+        assert name.startswith("layers.")
+        assert parameter.ndim == 3
+    watch = GradientWatch(model, 10, torch.device("cpu"), patience=4, tells=tells)
+    for step in range(6):
+        model([[0, 2], [step % 2]]).backward()
+        watch.end_step(leave)
+    sentences = [record.getMessage() for record in caplog.records]
+    assert len(sentences) == tells
+    if tells:
+        assert "expert 1 of layer 0, expert 2 of layer 1 in the first 4 steps" in sentences[0]
+
+
+def test_an_expert_that_another_rank_reaches_is_not_warned_of(caplog):
+    model = Bank()
+    train(lambda _: model([[0], [1]]), GradientWatch(model, 4, torch.device("cpu"), patience=4), 4)
+    assert "expert 1 of layer 0, expert 2 of layer 0, expert 0 of layer 1" in caplog.text
+    caplog.clear()
+    watch = GradientWatch(model, 4, torch.device("cpu"), patience=4)
+    for _ in range(4):
+        model([[0], [1]]).backward()
+        watch.end_step(lambda flags: flags.fill_(1.0))
+    assert not caplog.records
+
+
 def test_totals_add_up_and_start_anew():
     totals = StepTotals(torch.device("cpu"), [4, 3])
     for share in (0.5, 0.25):

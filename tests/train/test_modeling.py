@@ -68,6 +68,7 @@ def test_equal_settings_give_equal_starts_and_seeds_matter(sparse_dir):
 @pytest.mark.parametrize(
     ("kind", "changes", "sentence"),
     [
+        ("sparse", {"method": "lora"}, "method is lora, but .* is a sparse model"),
         ("dense", {}, "method is pesc, but .* has no bank: upcycle it first"),
         ("sparse", {"method": "qlora"}, "method is qlora, but .* is a sparse model"),
         ("sparse", {"lora": {"targets": ["q_proj", "qkv_proj"]}}, "lora.targets names 'qkv_proj', but .* there are: down_proj, gate_proj"),
@@ -104,8 +105,15 @@ def test_only_known_tensors_may_be_trained():
         group_of("base_model.model.lm_head.weight")
 
 
-def test_the_table_is_logged_with_its_sum(sparse_dir, caplog):
+@pytest.mark.parametrize("changes", [{}, NF4])
+def test_the_table_is_logged_with_its_sum(sparse_dir, caplog, changes):
     caplog.set_level(logging.INFO, "pesc")
-    log_trainable(count_trainable(load_trainable(sparse_dir, settings(), "cpu", False)))
+    model = load_trainable(sparse_dir, settings(**changes), "cpu", False)
+    log_trainable(model)
     assert [record.getMessage().split()[1] for record in caplog.records] == ["lora", "bank", "router", "all"]
-    assert caplog.records[-1].getMessage().split() == ["trainable", "all", "34", "tensors", "16,128", "parameters"]
+    words = caplog.records[-1].getMessage().split()
+    assert words[:6] == ["trainable", "all", "34", "tensors", "16,128", "parameters"]
+    share = 100 * 16128 / (16128 + 97 * 64 + 64 * 5 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3))
+    assert float(words[6]) == pytest.approx(share, abs=1e-3)
+    assert words[-1] == ("bfloat16" if changes else "float32")
+    assert len({len(record.getMessage().partition("%")[0]) for record in caplog.records}) == 1
