@@ -1,4 +1,4 @@
-"""Training: QLoRA, the bank and the routers, distributed with torchrun and DeepSpeed.
+"""Training: LoRA (on a 4-bit base or not), the bank and the routers, or a Mixtral in full, with torchrun and DeepSpeed.
 
 What it is
     stage.py        the builder: runs in the caller's process, never imports torch; starts the ranks, follows them, takes the result
@@ -19,6 +19,7 @@ Promises
     A killed run continues from its last complete checkpoint and ends with the weights of a run that was never killed.
     Everything declared trainable is trained: a tensor that gets no gradient stops the run with its name.
     The bank exists once in memory, in the compute dtype, never quantised.
+    Parts with learning rates of their own follow one schedule; parts of one rate are one optimizer group.
 
 Never
     Loads CUDA in the caller's process.  Takes an incomplete checkpoint.  Trusts torchrun's exit code (it is 1 whether or not the

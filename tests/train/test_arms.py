@@ -1,4 +1,4 @@
-"""Real ranks: LoRA without quantisation, learning rates by part under every sharding and after a kill, and a tensor that nothing trains."""
+"""Real ranks: LoRA without quantisation, whole experts, learning rates by part, and a tensor that nothing trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from pesc.errors import TrainingFailedError
+from pesc.errors import InterruptedStageError, TrainingFailedError
 from pesc.train.stage import build
 from tests.train import tiny
 from tests.train.test_distributed import assert_same_bytes, history, rank_pids, tensors
@@ -113,3 +113,23 @@ def test_a_router_that_has_nothing_to_choose_stops_the_run_at_the_step_that_was_
     changes = {"max_steps": 6, "balance": {"kind": "none"}}
     with pytest.raises(TrainingFailedError, match=r"router\.weight.* got a gradient of zeros in each of the first 3 steps"):
         train(tmp_path / "run", tmp_path / "one", blocks_dir, changes, {"num_processes": 1, "gradient_check_steps": 3})
+
+
+def test_a_stopped_run_of_whole_experts_ends_with_the_bytes_of_one_never_stopped(tmp_path, dense_dir, blocks_dir):
+    from pesc.models.config import UpcycleConfig
+    from pesc.models.mixtral import upcycle_whole
+
+    (tmp_path / "model").mkdir()
+    upcycle_whole(dense_dir, tmp_path / "model", UpcycleConfig(kind="whole", num_experts=4))
+    full = {"method": "upcycle-full", "max_steps": 4}
+
+    def stop(progress):
+        if progress.message == "training" and progress.done == 1:
+            (tmp_path / "stopped" / "work" / "STOP").touch()
+
+    whole, _ = train(tmp_path / "whole", tmp_path / "model", blocks_dir, full, {"num_processes": 1})
+    with pytest.raises(InterruptedStageError):
+        train(tmp_path / "stopped", tmp_path / "model", blocks_dir, full, {"num_processes": 1}, stop)
+    again, result = train(tmp_path / "stopped", tmp_path / "model", blocks_dir, full, {"num_processes": 1})
+    assert result.metrics["resumed_at"] >= 1
+    assert_same_bytes(again, whole)
