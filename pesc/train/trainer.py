@@ -26,7 +26,8 @@ from pesc.moe.balance import RouterRecorder
 from pesc.moe.tuning import export_choices
 from pesc.train import checkpoints
 from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Throughput
-from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
+from pesc.train.collator import Collator, OrderedBlocks, loading
+from pesc.train.head import LossHead
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
@@ -53,26 +54,27 @@ class PescTrainer(Trainer):
         self._watch = GradientWatch(model, job.steps, args.device, job.execution.gradient_check_steps, tells=args.process_index == 0)
         self._parts = sorted({part_of(name) for name, _ in trainable_parameters(model)})
         self._flatten = config._attn_implementation == "flash_attention_2"
-        self._can_choose_logits = "logits_to_keep" in inspect.signature(_inside_peft(model).forward).parameters
+        base: Any = _inside_peft(model)
+        self._can_choose_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._head = LossHead.of(base)
         self._taken: dict[str, Any] = {}
 
     # ---- data
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """This rank's micro-batches, in order; data is memory-mapped, so that no worker processes are needed."""
+        """This rank's micro-batches, in order."""
         config = self.job.config
         batches = RankBatches(
             self.job.steps, config.global_batch_size, config.micro_batch_size, self.args.process_index, self.args.world_size
         )
-        collator = Collator(flatten=self._flatten)
-        return torch.utils.data.DataLoader(
-            self._data, batch_sampler=batches, collate_fn=collator, pin_memory=self.args.device.type == "cuda"
-        )
+        collator = Collator(flatten=self._flatten, choose_logits=self._can_choose_logits)
+        settings = loading(self.args.device.type, batches.accumulation)
+        return torch.utils.data.DataLoader(self._data, batch_sampler=batches, collate_fn=collator, **settings)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
         """A step's micro-batches, and the supervised tokens in those of all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        supervised = torch.tensor(sum(int((batch["targets"] != NO_LOSS).sum()) for batch in batches), device=device)
+        supervised = torch.full((), sum(batch["supervised"] for batch in batches), dtype=torch.long, device=device)
         self._reduce(supervised, distributed.ReduceOp.SUM)
         return batches, supervised
 
@@ -81,12 +83,17 @@ class PescTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, with its own dropout whoever computes it."""
         model.train()
-        position = int(inputs.pop("position"))
+        position = inputs["position"]
         inputs = self._prepare_inputs(inputs)
         torch.manual_seed(derive_seed("dropout", self.job.config.seed, position))
         loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss, scale_wrt_gas=False)
         return loss.detach()
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Tensors on the device, without waiting for the copy; numbers stay on the host."""
+        device = self.args.device
+        return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -96,12 +103,12 @@ class PescTrainer(Trainer):
         share = world / num_items_in_batch.clamp(min=1).float()
         if self._recorder is None:
             loss = self._cross_entropy(model, inputs, share)
-            self._totals.add(loss / world, int(inputs["valid"].sum()), None)
+            self._totals.add(loss / world, inputs["tokens"], None)
             return loss
         with self._recorder:
             loss = self._cross_entropy(model, inputs, share)
         routing = self._routing(inputs["valid"])
-        self._totals.add(loss / world, int(inputs["valid"].sum()), Routing(routing.balance / world, routing.z / world, routing.choices))
+        self._totals.add(loss / world, inputs["tokens"], Routing(routing.balance / world, routing.z / world, routing.choices))
         self._recorder.clear()
         balance = self.job.config.balance
         if balance.kind == "switch":
@@ -109,19 +116,15 @@ class PescTrainer(Trainer):
         return loss + balance.z_coefficient * routing.z if balance.z_coefficient else loss
 
     def _cross_entropy(self, model: torch.nn.Module, inputs: dict, share: torch.Tensor) -> torch.Tensor:
-        """Logits are made at positions with a target only: with long prompts most of the vocabulary projection falls away."""
-        targets_BS = inputs["targets"]
-        kept_S = (targets_BS != NO_LOSS).any(dim=0).nonzero().flatten()
-        if not self._can_choose_logits:
-            kept_S = torch.arange(targets_BS.shape[1], device=targets_BS.device)
-        choice = {"logits_to_keep": kept_S} if self._can_choose_logits else {}
-        output = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, **choice)
-        target_N = targets_BS[:, kept_S].reshape(-1)
-        logits_NV = output.logits.reshape(target_N.shape[0], -1)
-        is_target_N = target_N != NO_LOSS
-        if targets_BS.shape[0] > 1 or not self._can_choose_logits:
-            logits_NV, target_N = logits_NV[is_target_N], target_N[is_target_N]
-        return scaled_cross_entropy(logits_NV, target_N, share)
+        """Only positions with a target meet the vocabulary, and (but for models that change their logits) in chunks."""
+        rows_N, targets_N = inputs["rows_N"], inputs["targets_N"]
+        choice = {"logits_to_keep": inputs["kept_K"]} if self._can_choose_logits else {}
+        arguments = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False, **choice}
+        if self._head is not None:
+            with self._head.scoring(rows_N, targets_N, share):
+                return self._head.loss_of(model(**arguments))
+        logits_BKV = model(**arguments).logits
+        return scaled_cross_entropy(logits_BKV.reshape(-1, logits_BKV.shape[-1]).index_select(0, rows_N), targets_N, share)
 
     def _routing(self, valid_BS: torch.Tensor) -> Routing:
         """This micro-batch's shares of the mean balance and z-losses (times the ranks), and its choices."""
