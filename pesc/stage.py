@@ -40,7 +40,11 @@ class Execution(BaseModel):
     node_rank: int = Field(default=0, ge=0, description="This machine's rank among num_nodes.")
     master: str | None = Field(default=None, description="host:port of node 0, needed when num_nodes > 1.")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
-    gradient_checkpointing: bool = Field(default=True, description="Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="full",
+        description="Recompute activations in the backward pass: less memory, more time. full: in every layer; selective: in every second "
+        "one, half of both; none.",
+    )
     save_every_steps: int = Field(default=200, ge=1, description="Optimizer steps between checkpoints that a killed run resumes from.")
     gradient_check_steps: int = Field(
         default=8, ge=1, description="Optimizer steps in which everything declared trainable must have got a gradient, or the run stops."

@@ -1,6 +1,7 @@
 """Measurements: what a claim about speed or memory stands on.
 
     pesc bench layer, pesc bench decode   the sparse layer against the dense FFN, the sparse model against the dense one
+    pesc bench step                       a training step of PESC against the dense control's: ratio, memory, where the time goes
     pesc bench convert                    dense to sparse conversion: time against a plain write of the same bytes, peak memory by model size
 
 Key contracts

@@ -81,10 +81,10 @@ def decode(
     print(render(measure_decode(model, shape, dtype_named(dtype), device_named(device), rounds=rounds)))
 
 
-def _whole_numbers(text: str) -> list[int]:
+def _whole_numbers(text: str, option: str = "--dims") -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise RecipeError(f"--dims is {text!r}: write whole numbers above 0 with commas, such as 64,512.")
+        raise RecipeError(f"{option} is {text!r}: write whole numbers above 0 with commas, such as 64,512.")
     return [int(part) for part in parts]
 
 
@@ -105,3 +105,36 @@ def data(
     with progress_bar("bench data") as progress:
         times = measure_data(rows_directory, benchmarks, model, rows, mixture, workers, directory, progress)
     print(render(times))
+
+
+@bench.command()
+def step(
+    model: Annotated[Path | None, typer.Option(help="A dense model's directory. Default: random weights of --shape.")] = None,
+    shape: Annotated[str, typer.Option(help="smollm2-135m, 7b, 13b, 34b or tiny: random NF4 weights.")] = "smollm2-135m",
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers.")] = None,
+    adapter_dim: Annotated[str, typer.Option(help="Adapter widths, with commas.")] = "64,512",
+    experts: Annotated[int, typer.Option(min=1)] = 8,
+    top_k: Annotated[int, typer.Option(min=1)] = 2,
+    sequence: Annotated[int, typer.Option(min=8, help="Tokens of a packed block.")] = 2048,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 1,
+    checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each arm; the median counts.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: seconds instead of minutes.")] = False,
+) -> None:
+    """A training step of PESC against the dense control's: tokens a second, ratio, memory and where the time goes."""
+    if checkpointing not in ("none", "selective", "full"):
+        raise RecipeError(f"--checkpointing is {checkpointing!r}: choose none, selective or full.")
+    if top_k > experts:
+        raise RecipeError(f"--top-k is {top_k}, but there are {experts} experts: a token cannot use more than there are.")
+    widths = tuple(_whole_numbers(adapter_dim, "--adapter-dim"))
+    from pesc.bench.device import device_named, dtype_named
+    from pesc.bench.step import StepSettings, measure_step, render
+
+    if quick:
+        shape, layers, sequence, rounds = "tiny", 2, 64, 1
+    settings = StepSettings(
+        model, shape, layers, widths, experts, top_k, sequence, micro_batch, dtype_named(dtype), device_named(device), checkpointing, rounds
+    )
+    print(render(measure_step(settings)))

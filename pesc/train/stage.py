@@ -160,7 +160,7 @@ def _error_of(ctx: StageContext, error: RankError, log_path: Path) -> PescError:
     if error.kind == "out of memory":
         config: TrainConfig = ctx.config
         ways = [f"lower train.micro_batch_size (now {config.micro_batch_size})"] if config.micro_batch_size > 1 else []
-        ways += [] if ctx.execution.gradient_checkpointing else ["set execution.gradient_checkpointing=true"]
+        ways += [] if ctx.execution.gradient_checkpointing == "full" else ["set execution.gradient_checkpointing=full"]
         ways += [] if ctx.execution.zero_stage == 3 else [f"raise execution.zero_stage (now {ctx.execution.zero_stage})"]
         ways += ["use a shorter tokenize context, or more or larger devices"]
         return TrainingFailedError(

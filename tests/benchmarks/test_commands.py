@@ -27,12 +27,25 @@ def test_layer_and_decode_print_their_tables(tmp_path):
     assert "ratio" in done.stdout
 
 
+def test_step_prints_both_arms_and_where_the_time_goes():
+    done = run("step", "--quick", "--adapter-dim", "8,16", "--experts", "4", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[2:5]] == [["dense", lines[2].split()[1]], ["PESC", "R=8"], ["PESC", "R=16"]]
+    assert "FLOPs alone" in lines[1]
+    assert lines[6].split() == ["arm", "attention", "FFN", "bank+router", "CE", "optimizer", "other"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("layer", "--top-k", "9"), "--top-k is 9, but there are 8 experts"),
         (("layer", "--dims", "64,x"), "--dims is '64,x': write whole numbers"),
         (("layer", "--dtype", "int8"), "--dtype is 'int8': choose float32 or bfloat16"),
+        (("step", "--shape", "9b"), "--shape is '9b': choose one of smollm2-135m, 7b"),
+        (("step", "--adapter-dim", "0"), "--adapter-dim is '0': write whole numbers"),
+        (("step", "--checkpointing", "some"), "--checkpointing is 'some': choose none, selective or full"),
+        (("step", "--model", "/nowhere"), "/nowhere has no config.json"),
         (("decode", "--device", "tpu"), "--device is 'tpu': choose cpu or cuda"),
         (("decode", "/nowhere"), "/nowhere has no config.json"),
         (("decode", "--top-k", "9"), "pesc.top_k (9) is larger than pesc.num_experts (8)"),

@@ -130,7 +130,8 @@ def test_a_stop_file_saves_and_ends(tmp_path, sparse_dir, blocks_dir):
     [
         ({}, {"num_processes": 1}),
         ({}, {"zero_stage": 3}),
-        ({}, {"zero_stage": 1, "gradient_checkpointing": True}),
+        ({}, {"zero_stage": 1, "gradient_checkpointing": "full"}),
+        ({}, {"zero_stage": 2, "gradient_checkpointing": "selective"}),
     ],
     ids=["one rank", "ZeRO-3", "ZeRO-1 and recomputed activations"],
 )
@@ -149,7 +150,7 @@ def test_ranks_and_sharding_change_the_order_of_sums_only(exact, tmp_path, spars
 
 
 def test_nf4_with_zero_3_is_close_to_zero_2(uninterrupted, tmp_path, sparse_dir, blocks_dir):
-    other = train(tmp_path, sparse_dir, blocks_dir, QLORA, {"zero_stage": 3, "gradient_checkpointing": True})
+    other = train(tmp_path, sparse_dir, blocks_dir, QLORA, {"zero_stage": 3, "gradient_checkpointing": "full"})
     for line, expected in zip(history(other), history(uninterrupted), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
@@ -180,7 +181,7 @@ def test_a_biased_run_resumes_with_its_bias_under_any_sharding(biased, tmp_path,
         if progress.message == "training" and progress.done == 3:
             (tmp_path / "work" / "STOP").touch()
 
-    where = {"zero_stage": zero_stage, "gradient_checkpointing": zero_stage == 3, **SAVING}
+    where = {"zero_stage": zero_stage, "gradient_checkpointing": "full" if zero_stage == 3 else "none", **SAVING}
     with pytest.raises(InterruptedStageError):
         train(tmp_path, sparse_dir, blocks_dir, BIASED, where, stop)
     again = train(tmp_path, sparse_dir, blocks_dir, BIASED, where)

@@ -99,14 +99,14 @@ def test_running_out_of_memory_says_what_to_change(context):
     sentence = str(caught.value)
     assert "train[tiny] ran out of memory on rank 1 (CUDA out of memory. Tried to allocate 2.00 GiB.)" in sentence
     assert (
-        "lower train.micro_batch_size (now 2), or set execution.gradient_checkpointing=true, or raise execution.zero_stage (now 2)"
+        "lower train.micro_batch_size (now 2), or set execution.gradient_checkpointing=full, or raise execution.zero_stage (now 2)"
         in sentence
     )
 
 
 def test_advice_that_is_already_followed_is_not_given(context):
     record_error(context.work / "errors", 0, MemoryError("can't allocate memory"))
-    execution = context.execution.model_copy(update={"gradient_checkpointing": True, "zero_stage": 3})
+    execution = context.execution.model_copy(update={"gradient_checkpointing": "full", "zero_stage": 3})
     with pytest.raises(TrainingFailedError) as caught:
         conclude(replace(context, execution=execution))
     assert "micro_batch_size" not in str(caught.value)

@@ -82,5 +82,5 @@ def make_context(
 ) -> StageContext:
     for name in ("out", "work"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    where = Execution.model_validate({"device": "cpu", "num_processes": 2, "gradient_checkpointing": False} | (execution or {}))
+    where = Execution.model_validate({"device": "cpu", "num_processes": 2, "gradient_checkpointing": "none"} | (execution or {}))
     return StageContext("train[tiny]", config, {"model": model, "blocks": blocks}, root / "out", root / "work", where, on_progress)
