@@ -140,7 +140,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "train",
         TrainConfig,
-        2,
+        3,
         "pesc.train.stage:build",
         ("pesc.train", "pesc.models.factory", "pesc.models.mixtral", "pesc.moe"),
         wants_gpu=True,

@@ -91,13 +91,14 @@ def _cut(fields: dict[str, Any], layers: int | None) -> dict[str, Any]:
 
 def _random_4bit(module: nn.Linear, dtype: torch.dtype, device: str) -> nn.Module:
     """A quantised projection of the same size."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     made = Linear4bit(
         module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", quant_storage=dtype, device="meta"
     )
     values = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) / module.in_features**0.5
-    weight: Any = Params4bit(values, requires_grad=False, quant_type="nf4", quant_storage=dtype, module=made)
+    make: Any = Params4bit  # whose arguments are those of its __new__
+    weight = make(values, requires_grad=False, quant_type="nf4", quant_storage=dtype, module=made)
     made.weight = weight.to(device)
     return made
 

@@ -54,7 +54,7 @@ class _Stopwatch:
     def __init__(self, device: str) -> None:
         self._device = device
         self._open: dict[Any, float] = {}
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(map(str, PARTS), 0.0)
         self.handles: list[Any] = []
 
     def now(self) -> float:

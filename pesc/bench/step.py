@@ -157,8 +157,8 @@ def make_arm(model: Any, adapter_dim: int, settings: StepSettings) -> Arm:
     wrapped = get_peft_model(model, peft_config(config), autocast_adapter_dtype=False)
     for _, parameter in sparse_parameters(wrapped):
         parameter.requires_grad_(True)
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    for parameter in trained:
+    trained = [(name, parameter) for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    for _, parameter in trained:
         parameter.data = parameter.data.to(settings.dtype)
     optimizer = make_optimizer(config, trained, settings.device.partition(":")[0])
     return Arm(adapter_dim, wrapped.train(), optimizer, head, RouterRecorder(wrapped) if adapter_dim else None)

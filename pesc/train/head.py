@@ -37,7 +37,7 @@ class LossHead:
         self._projection = projection
         self._plain: Callable[[torch.Tensor], torch.Tensor] = projection.forward
         self._scored: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None
-        projection.forward = self._forward
+        projection.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]  named by its shape
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LossHead | None:

@@ -118,7 +118,7 @@ def test_settings_of_adapters_do_not_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("execution", [{"num_processes": 1, "gradient_checkpointing": True}, {"num_processes": 2, "zero_stage": 3}])
+@pytest.mark.parametrize("execution", [{"num_processes": 1, "gradient_checkpointing": "full"}, {"num_processes": 2, "zero_stage": 3}])
 def test_a_real_run_trains_everything_and_merges(tmp_path, execution):
     """Upcycle, train under torchrun, merge; the published model is a stock Mixtral that has learnt."""
     from pesc.models import merge

@@ -133,7 +133,7 @@ def test_a_stop_file_saves_and_ends(tmp_path, sparse_dir, blocks_dir):
         ({}, {"zero_stage": 1, "gradient_checkpointing": "full"}),
         ({}, {"zero_stage": 2, "gradient_checkpointing": "selective"}),
     ],
-    ids=["one rank", "ZeRO-3", "ZeRO-1 and recomputed activations"],
+    ids=["one rank", "ZeRO-3", "ZeRO-1 and recomputed activations", "ZeRO-2 and every second layer recomputed"],
 )
 def test_ranks_and_sharding_change_the_order_of_sums_only(exact, tmp_path, sparse_dir, blocks_dir, changes, execution):
     """The same blocks, the same dropout, the same weights of tokens; Adam turns rounding of tiny gradients into small steps."""

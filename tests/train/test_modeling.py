@@ -113,12 +113,8 @@ def test_only_known_tensors_may_be_trained():
 @pytest.mark.parametrize("changes", [{}, NF4])
 def test_the_table_is_logged_with_its_sum(sparse_dir, caplog, changes):
     caplog.set_level(logging.INFO, "pesc")
-<<<<<<< HEAD
-    model = load_trainable(sparse_dir, settings(**changes), "cpu", False)
+    model = load_trainable(sparse_dir, settings(**changes), "cpu", "none")
     log_trainable(model)
-=======
-    log_trainable(count_trainable(load_trainable(sparse_dir, settings(), "cpu", "none")))
->>>>>>> d9c4049 (Checkpointing by policy; pesc bench step: a training step of PESC against the dense control's, arms in turn)
     assert [record.getMessage().split()[1] for record in caplog.records] == ["lora", "bank", "router", "all"]
     words = caplog.records[-1].getMessage().split()
     assert words[:6] == ["trainable", "all", "34", "tensors", "16,128", "parameters"]

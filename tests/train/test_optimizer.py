@@ -104,6 +104,6 @@ def test_lora_plus_moves_b_by_its_ratio_and_a_as_before():
 def test_peft_names_its_factors_as_the_groups_expect(sparse_dir):
     from pesc.train.modeling import load_trainable, trainable_parameters
 
-    names = [name for name, _ in trainable_parameters(load_trainable(sparse_dir, settings(), "cpu", False))]
+    names = [name for name, _ in trainable_parameters(load_trainable(sparse_dir, settings(), "cpu", "none"))]
     parts = [part_of(name) for name in names]
     assert {part: parts.count(part) for part in set(parts)} == {"lora_A": 14, "lora_B": 14, "bank": 4, "router": 2}
