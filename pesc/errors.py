@@ -67,6 +67,14 @@ class PreemptedError(StageFailedError):
     """The machine took the processes away; a retry resumes from the last checkpoint."""
 
 
+class PeerLostError(PreemptedError):
+    """Another machine of the run has gone, or never came; its checkpoint is kept and a retry, on all machines, resumes from it."""
+
+
+class RankKilledError(TrainingFailedError):
+    """The system killed a training process; a retry resumes from the last checkpoint."""
+
+
 class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
 

@@ -37,8 +37,14 @@ class Execution(BaseModel):
     )
     num_nodes: int = Field(default=1, ge=1, description="Machines that take part in training.")
     num_processes: int | None = Field(default=None, ge=1, description="torchrun ranks on each node. Default: one a GPU, or one on a CPU.")
-    node_rank: int = Field(default=0, ge=0, description="This machine's rank among num_nodes.")
-    master: str | None = Field(default=None, description="host:port of node 0, needed when num_nodes > 1.")
+    master: str | None = Field(
+        default=None, description="host:port where the machines meet: one of them, the same for all; needed when num_nodes > 1."
+    )
+    join_timeout: int = Field(default=600, ge=1, description="Seconds that a machine waits for the others, at the start and at a restart.")
+    peer_timeout: int = Field(default=1800, ge=1, description="Seconds that a rank waits for one that says nothing before it is given up.")
+    restarts: int = Field(
+        default=0, ge=0, description="How often training goes on from its last checkpoint by itself when a process or a machine was lost."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage. 3 shards the 4-bit base as well.")
     gradient_checkpointing: Literal["none", "selective", "full"] = Field(
         default="full",

@@ -6,11 +6,13 @@ errors/rank_N.json  ranks -> stage   an exception of rank N
 checkpoints/        ranks -> ranks   what a later run continues
 result/             ranks -> stage   the stage's output, when the status is "finished"
 pids/               ranks -> stage   who must not outlive the launcher
+MET                 ranks -> stage   they have been started: all machines were there
 STOP                user -> ranks    save and end after the current step
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import traceback
@@ -25,7 +27,10 @@ from pesc.train.config import TrainConfig
 State = Literal["finished", "interrupted"]
 _WEIGHT = {"out of memory": 1, "": 2, "lost peer": 3}
 _MEMORY_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory")
-_PEER_SIGNS = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited", "ncclremoteerror")
+_PEER_SIGNS = (
+    "connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited", "ncclremoteerror",
+    "timed out waiting", "pair closure", "connectfullmesh failed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class Job:
     def stop_file(self) -> Path:
         """Its existence asks the ranks to save and end."""
         return self.work / "STOP"
+
+    @property
+    def met_file(self) -> Path:
+        """Its existence says that the machines have met and the ranks been started."""
+        return self.work / "MET"
+
+    @property
+    def run_id(self) -> str:
+        """A name of the run, equal on all its machines: what it trains, not where."""
+        told = [self.address, self.config.model_dump_json(), str(self.steps), str(self.execution.num_nodes)]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
     def write(self) -> Path:
         """Write job.json; returns its path."""

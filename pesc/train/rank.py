@@ -32,6 +32,7 @@ def main(job_path: Path) -> int:
     die_with_parent(os.getppid(), signal.SIGKILL)
     job = read_job(job_path)
     record_pid(job.pids)
+    job.met_file.touch()
     rank = int(os.environ["RANK"])
     if rank == 0:
         configure_logging(job.log_level)
@@ -167,7 +168,7 @@ def _arguments(job: Job) -> Any:
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        ddp_timeout=3600,
+        ddp_timeout=job.execution.peer_timeout,
         log_level="warning",
     )
 

@@ -13,14 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pesc import errors
-from pesc.errors import InterruptedStageError, PescError, PreemptedError, RecipeError, StageFailedError, TrainingFailedError
+from pesc.errors import (
+    InterruptedStageError,
+    PeerLostError,
+    PescError,
+    PreemptedError,
+    RankKilledError,
+    RecipeError,
+    StageFailedError,
+    TrainingFailedError,
+)
 from pesc.launch import supervise
 from pesc.launch.events import relay
 from pesc.launch.isolated import ended_badly
-from pesc.launch.torchrun import build_argv
+from pesc.launch.network import find_place, interface_environment
+from pesc.launch.torchrun import build_argv, meeting_point
 from pesc.provenance import slow_bfloat16_sentence
 from pesc.stage import BuildResult, Execution, StageContext
 from pesc.train import checkpoints
+from pesc.train.attempts import NotMetError, run_attempts
 from pesc.train.blocks import PackedBlocks
 from pesc.train.config import TrainConfig
 from pesc.train.job import Job, RankError, read_errors, read_status
@@ -34,20 +45,27 @@ _SHUTDOWN_SECONDS = 15  # torchrun waits so long for the ranks to save; below th
 def build(ctx: StageContext) -> BuildResult:
     """Train `inputs["model"]` on `inputs["blocks"]`.
 
-    Raises TrainingFailedError (an error of the run, out of memory), InterruptedStageError (a stop file), PreemptedError (the ranks
-    were told to stop from outside); in the last two cases the checkpoints are kept and another run continues.
+    Raises TrainingFailedError (an error of the run, out of memory; RankKilledError), InterruptedStageError (a stop file), PreemptedError
+    (the ranks were told to stop from outside; PeerLostError: another machine is gone).  The checkpoints are kept and another run
+    continues; after a lost process or machine this one does, `execution.restarts` times.
     """
     device, per_node = choose_processes(ctx.execution)
     world_size = per_node * ctx.execution.num_nodes
     check_batch(ctx.config, world_size)
     if device == "cpu" and ctx.config.compute_dtype == "bfloat16" and (warning := slow_bfloat16_sentence("train.compute_dtype")):
         logger.warning(warning)
-    job = _make_job(ctx, device)
-    _prepare_workspace(job, checkpoints.Layout(world_size, ctx.execution.zero_stage))
+    job, layout = _make_job(ctx, device), checkpoints.Layout(world_size, ctx.execution.zero_stage)
+    return run_attempts(lambda number: _attempt(ctx, job, layout, per_node, is_first=number == 0), ctx.execution)
+
+
+def _attempt(ctx: StageContext, job: Job, layout: checkpoints.Layout, per_node: int, is_first: bool) -> BuildResult:
+    """Start the ranks once and follow them to their end."""
+    _prepare_workspace(job, layout, is_first)
     log_path = ctx.work / _LOG_NAME
+    place = find_place(*meeting_point(ctx.execution)) if ctx.execution.num_nodes > 1 else None
     outcome = supervise.run(
-        build_argv("pesc.train.rank", [str(job.write().resolve())], ctx.execution, per_node),
-        env=_rank_environment(device, per_node),
+        build_argv("pesc.train.rank", [str(job.write().resolve())], ctx.execution, per_node, job.run_id, place),
+        env=_rank_environment(job.device, per_node) | interface_environment(place.interface if place else None),
         log_path=log_path,
         on_event=lambda event: relay(event, ctx.on_progress),
         pids_dir=job.pids,
@@ -105,10 +123,13 @@ def _make_job(ctx: StageContext, device: str) -> Job:
     return Job(ctx.address, config, ctx.execution, ctx.inputs["model"], ctx.inputs["blocks"], ctx.work, device, steps, level)
 
 
-def _prepare_workspace(job: Job, layout: checkpoints.Layout) -> None:
-    """Forget the last attempt's messages, kill what it may have left, drop half-written checkpoints, refuse those of another layout."""
+def _prepare_workspace(job: Job, layout: checkpoints.Layout, is_first: bool) -> None:
+    """Forget the last attempt's messages, kill what it may have left, drop half-written checkpoints, refuse those of another layout.
+
+    The log, and a wish to stop, outlive a restart: only the first attempt of a run (is_first) forgets those as well.
+    """
     supervise.kill_recorded(job.pids)
-    for path in (job.work / "status.json", job.stop_file, job.work / _LOG_NAME):
+    for path in (job.work / "status.json", job.met_file, *((job.stop_file, job.work / _LOG_NAME) if is_first else ())):
         path.unlink(missing_ok=True)
     for folder in (job.errors, job.result):
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,10 +194,21 @@ def _unexplained(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_pa
     """The ranks ended without a word: killed, or torchrun itself failed."""
     complete = checkpoints.find_complete(job.checkpoints)
     kept = f" The checkpoint at step {complete[-1].step} is kept: the next run continues from it." if complete else ""
+    if job.execution.num_nodes > 1 and not job.met_file.exists() and "Rendezvous" in outcome.tail:
+        return NotMetError(
+            f"{ctx.address}: the {job.execution.num_nodes} machines did not meet at {job.execution.master} within execution.join_timeout "
+            f"({job.execution.join_timeout} s): is the same command running on each, and does {job.execution.master} let them in? The log is "
+            f"{log_path}.{kept}"
+        )
     if "SIGKILL" in outcome.tail or "Signal 9" in outcome.tail:
-        return TrainingFailedError(
+        return RankKilledError(
             f"{ctx.address}: a training process was killed (SIGKILL), most often because the machine ran out of memory: lower "
             f"train.micro_batch_size or execution.num_processes, or free memory; the log is {log_path}.{kept}"
+        )
+    if job.execution.num_nodes > 1 and outcome.returncode > 0 and (read_errors(job.errors) or "Rendezvous" in outcome.tail):
+        return PeerLostError(
+            f"{ctx.address}: another machine of the run was lost; the log is {log_path}.{kept} Run it again on all machines, or give "
+            "execution.restarts."
         )
     if "SIGTERM" in outcome.tail or outcome.returncode < 0:
         return PreemptedError(f"{ctx.address}: the training processes were stopped from outside; the log is {log_path}.{kept}")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from pesc.errors import RecipeError
+from pesc.launch.network import Place, find_place, interface_environment
 from pesc.launch.torchrun import build_argv
 from pesc.stage import Execution
 
@@ -25,19 +26,35 @@ def test_one_node_meets_on_a_free_port():
     ]
 
 
-def test_several_nodes_meet_at_the_master():
-    argv = build_argv("a.module", [], Execution(num_nodes=2, node_rank=1, master="node0:1234"), 8)
-    assert {"--nnodes=2", "--node-rank=1", "--master-addr=node0", "--master-port=1234"} <= set(argv)
-    assert "--master-port=29500" in build_argv("a.module", [], Execution(num_nodes=2, master="node0"), 8)
+def test_several_nodes_meet_at_the_master_with_the_same_command():
+    """The master's address is this machine's in one case and not in the other; nothing else differs."""
+    execution = Execution(num_nodes=2, master="node0:1234", join_timeout=30)
+    there, here = (build_argv("a.module", [], execution, 8, "a-run", Place(a, h)) for a, h in (("10.0.0.2", False), ("10.0.0.1", True)))
+    assert {"--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=node0:1234", "--rdzv-id=a-run", "--local-addr=10.0.0.2"} <= set(there)
+    assert "--rdzv-conf=join_timeout=30,last_call_timeout=1,read_timeout=30,is_host=0" in there
+    assert [argument for argument in here if argument not in there] == [
+        "--rdzv-conf=join_timeout=30,last_call_timeout=1,read_timeout=30,is_host=1",
+        "--local-addr=10.0.0.1",
+    ]
+    unknown = build_argv("a.module", [], Execution(num_nodes=2, master="node0"), 8, "a-run", Place(None, None))
+    assert "--rdzv-endpoint=node0:29500" in unknown
+    assert not any("is_host" in argument or "--local-addr" in argument for argument in unknown)
+
+
+def test_whoever_reaches_the_master_from_its_own_address_is_it():
+    assert find_place("127.0.0.1", 1234) == Place("127.0.0.1", None)  # several on one machine: torchrun tries
+    assert find_place("no-such-host.invalid", 1234) == Place(None, None)
+    assert Place("127.0.0.1", None).interface is None
+
+
+def test_the_users_choice_of_an_interface_stays():
+    assert interface_environment("eth1", {"NCCL_SOCKET_IFNAME": "ib0"}) == {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert interface_environment(None, {}) == {}
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [
-        ({"num_nodes": 2}, "execution.master must say host:port"),
-        ({"num_nodes": 2, "node_rank": 2, "master": "a:1"}, "must be below execution.num_nodes"),
-        ({"num_nodes": 2, "master": "a:port"}, "must be host:port"),
-    ],
+    [({"num_nodes": 2}, "execution.master must say host:port"), ({"num_nodes": 2, "master": "a:port"}, "must be host:port")],
 )
 def test_settings_that_cannot_meet_are_refused(settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
