@@ -6,6 +6,7 @@ pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
+pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
 pesc bench convert                        measure it on this machine
 
 A failure that the user can mend is one sentence on stderr and exit code 1; wrong usage is exit code 2.
@@ -24,6 +25,7 @@ import typer
 
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.launch import commands as launch_commands
 from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import load_recipe, recipe_names
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 dev = typer.Typer(no_args_is_help=True, help="For those who change this package.")
 model_commands.add_to(app)
+launch_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -5,6 +5,8 @@ What it is
     supervise.py  start a command, read its output, stop the whole tree whatever happens
     events.py     one JSON event a line, on the same stdout as everybody else's noise
     torchrun.py   the command line that starts the ranks
+    network.py    this machine's address, interface and role among several
+    hostfile.py   one command on every machine of a hostfile; commands.py is `pesc launch`
     isolated.py   run a stage's builder in a process of its own
     pool.py       worker processes for the shards of a stage
     relay.py      shards of an isolated builder, done by whoever started it

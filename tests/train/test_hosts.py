@@ -15,7 +15,6 @@ from tests.train.test_distributed import EXACT, files
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STEPS = 8
-PORT = 29517
 PROGRAM = """
 import logging, sys
 from pathlib import Path
@@ -29,14 +28,14 @@ def tell(progress):
         print("step", int(progress.done), flush=True)
         if progress.done == kill_at:
             (root.parent / "now").touch()
-where = {"num_processes": 1, "num_nodes": 2, "master": "10.213.77.1:%d", "restarts": restarts, "save_every_steps": 2,
+where = {"num_processes": 1, "num_nodes": 2, "master": "10.213.77.1:29517", "restarts": restarts, "save_every_steps": 2,
          "join_timeout": 60, "peer_timeout": 60}
 try:
-    build(tiny.make_context(root, model, blocks, tiny.settings(max_steps=steps, **%r), where, tell))
+    build(tiny.make_context(root, model, blocks, tiny.settings(max_steps=steps, **CHANGES), where, tell))
 except PescError as error:
     print(type(error).__name__, error, flush=True)
     sys.exit(1)
-""" % (PORT, EXACT)  # noqa: UP031
+""".replace("CHANGES", repr(EXACT))
 
 
 def start(host: Host, root: Path, model: Path, blocks: Path, steps: int = STEPS, restarts: int = 0, kill_at: int = 0):
