@@ -11,7 +11,9 @@
     prefect deployment run evaluate/gpu --param recipe=demo --param instance=pesc/gsm8k --param refresh=true
 
 What it is
-    prefect.yaml     every deployment: `pipeline`, one a stage, the care of the store
+    prefect.yaml                  every deployment: `pipeline`, one a stage, the care of the store
+    slurm/train.sbatch            training on several nodes of a Slurm cluster, without Prefect
+    kubernetes/pytorchjob.yaml    the same as a PyTorchJob of Kubeflow's training operator
 
 Key contracts
 - The pool says what a stage wants: `gpu` for train, merge and evaluate, `cpu` for the rest.

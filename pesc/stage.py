@@ -40,6 +40,9 @@ class Execution(BaseModel):
     master: str | None = Field(
         default=None, description="host:port where the machines meet: one of them, the same for all; needed when num_nodes > 1."
     )
+    address: str | None = Field(
+        default=None, description="This machine as the others reach it, where that outlives it. Default: its address towards the master."
+    )
     join_timeout: int = Field(default=600, ge=1, description="Seconds that a machine waits for the others, at the start and at a restart.")
     peer_timeout: int = Field(default=1800, ge=1, description="Seconds that a rank waits for one that says nothing before it is given up.")
     restarts: int = Field(

@@ -60,4 +60,5 @@ def _rendezvous(execution: Execution, run_id: str, place: Place | None) -> list[
         f"--rdzv-id={run_id}",
         f"--rdzv-conf={','.join(f'{name}={value}' for name, value in conf.items())}",
     ]
-    return [*argv, f"--local-addr={place.address}"] if place.address else argv
+    address = execution.address or place.address
+    return [*argv, f"--local-addr={address}"] if address else argv

@@ -36,6 +36,8 @@ def test_several_nodes_meet_at_the_master_with_the_same_command():
         "--rdzv-conf=join_timeout=30,last_call_timeout=1,read_timeout=30,is_host=1",
         "--local-addr=10.0.0.1",
     ]
+    named = execution.model_copy(update={"address": "node1"})
+    assert "--local-addr=node1" in build_argv("a.module", [], named, 8, "a-run", Place("10.0.0.2", False))
     unknown = build_argv("a.module", [], Execution(num_nodes=2, master="node0"), 8, "a-run", Place(None, None))
     assert "--rdzv-endpoint=node0:29500" in unknown
     assert not any("is_host" in argument or "--local-addr" in argument for argument in unknown)
