@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pesc.launch import supervise
+from pesc.launch.guard import PARENT_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Host:
 
     def popen(self, argv: list[str], output: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a command here; what it says goes to the end of a file."""
+        environment = {**supervise.child_environment(), **(environment or {}), PARENT_VARIABLE: str(os.getpid())}
         with output.open("ab") as file:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, *argv],
-                env={**supervise.child_environment(), **(environment or {})}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                [sys.executable, "-m", "pesc.launch.guard", "--", "ip", "netns", "exec", self.namespace, *argv],
+                env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
 
     def pids(self) -> list[int]:

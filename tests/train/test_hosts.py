@@ -12,7 +12,7 @@ from tests.launch.test_supervise import wait_for
 from tests.train.hosts import Host, two_hosts
 from tests.train.test_distributed import EXACT, files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 8
 PROGRAM = """
