@@ -64,7 +64,7 @@ def hosts():
 def undisturbed(hosts, tmp_path_factory, sparse_dir, blocks_dir):
     root = tmp_path_factory.mktemp("undisturbed")
     running = [start(host, root, sparse_dir, blocks_dir) for host in hosts]
-    assert [process.wait(120) for process in running] == [0, 0], said(root, hosts[0]) + said(root, hosts[1])
+    assert [process.wait(240) for process in running] == [0, 0], said(root, hosts[0]) + said(root, hosts[1])
     return result(root, hosts[0])
 
 
@@ -73,12 +73,12 @@ def test_a_host_that_is_killed_and_comes_back_goes_on_from_the_checkpoint(undist
     """The survivor waits by itself (restarts=1); the other is started again with the command that it was started with."""
     assert len(undisturbed) > 2
     running = [start(host, tmp_path, sparse_dir, blocks_dir, restarts=1, kill_at=5) for host in hosts]
-    wait_for((tmp_path / "now").exists, 90, "step 5")
+    wait_for((tmp_path / "now").exists, 240, "step 5")
     hosts[lost].kill()
     running[lost].wait(20)
-    wait_for(lambda: "Restart 1 of 1" in said(tmp_path, hosts[1 - lost]), 60, "the survivor notices")
+    wait_for(lambda: "Restart 1 of 1" in said(tmp_path, hosts[1 - lost]), 120, "the survivor notices")
     running[lost] = start(hosts[lost], tmp_path, sparse_dir, blocks_dir)
-    assert [process.wait(120) for process in running] == [0, 0], said(tmp_path, hosts[0]) + said(tmp_path, hosts[1])
+    assert [process.wait(240) for process in running] == [0, 0], said(tmp_path, hosts[0]) + said(tmp_path, hosts[1])
     assert "another machine of the run was lost" in said(tmp_path, hosts[1 - lost])
     assert "continues from the checkpoint at step 4" in said(tmp_path, hosts[1 - lost])
     for host in hosts:

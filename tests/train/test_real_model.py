@@ -54,7 +54,10 @@ def real_blocks(tmp_path_factory, smollm2, real_conversations) -> Path:  # noqa:
 
 def train(root: Path, model: Path, blocks: Path, execution: dict):
     started = time.monotonic()
-    ctx = tiny.make_context(root, model, blocks, tiny.settings(**QLORA), execution)
+    def tell(progress):
+        print(f"{time.monotonic() - started:.0f} s", progress.message, int(progress.done), flush=True)
+
+    ctx = tiny.make_context(root, model, blocks, tiny.settings(**QLORA), execution, tell)
     build(ctx)
     lines = [json.loads(line) for line in (ctx.out / "history.jsonl").read_text().splitlines()]
     print(execution, [round(line["loss"], 4) for line in lines], f"{time.monotonic() - started:.0f} s")
