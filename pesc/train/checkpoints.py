@@ -57,6 +57,12 @@ def read_dispatch(path: Path, rank: int) -> list[dict[str, Any]]:
     return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
 
 
+def name_latest(path: Path) -> None:
+    """Write DeepSpeed's pointer, which it leaves on the disk of rank 0 alone; without it another machine's part cannot be loaded."""
+    for part in path.glob("global_step*"):
+        (path / "latest").write_text(part.name, encoding="utf-8")
+
+
 def mark_complete(path: Path, layout: Layout) -> None:
     """Declare a checkpoint complete; everything in it must have been written."""
     partial = path / f"{MARKER}.partial"

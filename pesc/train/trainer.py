@@ -211,6 +211,7 @@ class PescTrainer(Trainer):
         if self.args.world_size > 1:
             distributed.barrier()
         if self.args.should_save:
+            checkpoints.name_latest(path)
             checkpoints.mark_complete(path, self.layout)
             checkpoints.clean(self.job.checkpoints, checkpoints.KEEP)
 

@@ -54,6 +54,7 @@ def real_blocks(tmp_path_factory, smollm2, real_conversations) -> Path:  # noqa:
 
 def train(root: Path, model: Path, blocks: Path, execution: dict):
     started = time.monotonic()
+
     def tell(progress):
         print(f"{time.monotonic() - started:.0f} s", progress.message, int(progress.done), flush=True)
 
