@@ -59,6 +59,18 @@ class TrainingFailedError(StageFailedError):
     """Training ended with an error of its own (a bad loss, a frozen expert, out of memory)."""
 
 
+class TrainingOutOfMemoryError(TrainingFailedError):
+    """A rank could not get the memory it asked for, or the kernel killed it for want of memory.  The message says what to change."""
+
+
+class TrainingHungError(TrainingFailedError):
+    """A rank gave no sign of life for too long.  A retry resumes from the last checkpoint."""
+
+
+class CheckpointSpaceError(TrainingFailedError):
+    """A checkpoint does not fit on the disk; earlier ones are kept."""
+
+
 class InterruptedStageError(StageFailedError):
     """The stage was asked to stop and its checkpoints are kept: run it again to resume."""
 

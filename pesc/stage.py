@@ -58,6 +58,13 @@ class Execution(BaseModel):
     gradient_check_steps: int = Field(
         default=8, ge=1, description="Optimizer steps in which everything declared trainable must have got a gradient, or the run stops."
     )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept; more survive more damage.")
+    hang_seconds: float = Field(
+        default=1800.0, gt=0, description="A rank that finishes no micro-batch for so long is taken for hung, and the run is ended."
+    )
+    load_seconds: float = Field(
+        default=3600.0, gt=0, description="The same while the model is loaded, a checkpoint saved or the result written."
+    )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")

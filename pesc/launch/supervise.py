@@ -215,6 +215,16 @@ def record_pid(pids_dir: Path) -> None:
     (pids_dir / str(os.getpid())).write_text(_started(os.getpid()) or "", encoding="ascii")
 
 
+def signal_recorded(pids_dir: Path, number: int) -> None:
+    """Send a signal to every recorded process that is still the one that recorded itself."""
+    for record in sorted(pids_dir.glob("[0-9]*")):
+        pid = int(record.name)
+        started = _started(pid)
+        if started is not None and started == record.read_text(encoding="ascii"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
 def kill_recorded(pids_dir: Path | None) -> None:
     """SIGKILL every recorded process that is still the one that recorded itself, and forget the records."""
     for record in sorted(pids_dir.glob("[0-9]*")) if pids_dir else ():

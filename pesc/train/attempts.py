@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from pesc.errors import PeerLostError, PreemptedError, RankKilledError
+from pesc.errors import PeerLostError, PreemptedError, RankKilledError, TrainingHungError
 from pesc.stage import BuildResult, Execution
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def run_attempts(
     pause: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.monotonic,
 ) -> BuildResult:
-    """`attempt(number)`, again while a process or a machine was lost and `execution.restarts` allows it.
+    """`attempt(number)`, again while a process or a machine was lost or hung and `execution.restarts` allows it.
 
     Meetings that fail cost no restart, but end after `execution.join_timeout` seconds.  Every other error is raised at once.
     """
@@ -36,7 +36,7 @@ def run_attempts(
             if now() - waiting_since >= execution.join_timeout:
                 raise PeerLostError(str(error)) from error
             logger.info("%s", error)
-        except (PreemptedError, RankKilledError) as error:
+        except (PreemptedError, RankKilledError, TrainingHungError) as error:
             if restarts >= execution.restarts:
                 raise
             restarts, waiting_since = restarts + 1, now()

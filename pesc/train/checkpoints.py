@@ -1,24 +1,32 @@
 """Checkpoints that are complete or do not exist.
 
 A checkpoint is a directory `checkpoint-<step>` and counts only when the marker, written last, is in it.  The marker says with how many
-ranks and which ZeRO stage it was written: the optimizer's shards fit no other.
+ranks and which ZeRO stage it was written (the optimizer's shards fit no other), and the size and SHA-256 of every file: a checkpoint
+that was damaged later is set aside as `corrupt-checkpoint-<step>`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pesc.errors import TrainingFailedError
+from pesc.errors import CheckpointSpaceError, TrainingFailedError
 
+logger = logging.getLogger(__name__)
 MARKER = "COMPLETE"
-KEEP = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,26 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written.  bytes: its size."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint."""
+    """A complete checkpoint.  files: what was in it, by path below it; {} when an older version of this program wrote it."""
 
     path: Path
     step: int
     layout: Layout
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(record.bytes for record in self.files.values())
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -64,27 +86,61 @@ def name_latest(path: Path) -> None:
 
 
 def mark_complete(path: Path, layout: Layout) -> None:
-    """Declare a checkpoint complete; everything in it must have been written."""
+    """Declare a checkpoint complete; everything in it must have been written.  Reads every file once, in threads."""
+    names = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+    files = {name: asdict(record) for name, record in zip(names, _digests([path / name for name in names]), strict=True)}
     partial = path / f"{MARKER}.partial"
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(asdict(layout), file)
+        json.dump({**asdict(layout), "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path / MARKER)
 
 
 def find_complete(root: Path) -> list[Checkpoint]:
-    """All complete checkpoints, oldest first."""
+    """All complete checkpoints, oldest first; their files are not looked at."""
     found = []
     for path in root.glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         try:
-            layout = Layout(**json.loads((path / MARKER).read_text(encoding="utf-8")))
-        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+            files = {name: FileRecord(**record) for name, record in marker.pop("files", {}).items()}
+            layout = Layout(**marker)
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
             continue
         if match:
-            found.append(Checkpoint(path, int(match.group(1)), layout))
+            found.append(Checkpoint(path, int(match.group(1)), layout, files))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def find_damage(checkpoint: Checkpoint) -> str:
+    """What is wrong with the first file that is not as it was written, in words; "" when all are."""
+    for name, record in checkpoint.files.items():
+        try:
+            size = (checkpoint.path / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size != record.bytes:
+            return f"{name} has {size} bytes instead of {record.bytes}"
+    digests = _digests([checkpoint.path / name for name in checkpoint.files])
+    for (name, record), now in zip(checkpoint.files.items(), digests, strict=True):
+        if now.sha256 != record.sha256:
+            return f"{name} has other bytes than were written"
+    return ""
+
+
+def set_aside_damaged(root: Path, address: str) -> None:
+    """Rename damaged checkpoints, newest first, until one is sound; each with a warning that names the file and what is used instead."""
+    complete = find_complete(root)
+    while complete and (damage := find_damage(complete[-1])):
+        bad = complete.pop()
+        aside = bad.path.with_name(f"corrupt-{bad.path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(bad.path, aside)
+        instead = f"the one at step {complete[-1].step} is tried" if complete else "training begins anew"
+        logger.warning(
+            "%s: the checkpoint at step %d is damaged (%s) and was set aside as %s; %s instead.", address, bad.step, damage, aside, instead
+        )
 
 
 def clean(root: Path, keep: int | None = None) -> None:
@@ -107,3 +163,62 @@ def require_same_layout(checkpoint: Checkpoint, layout: Layout, address: str) ->
         f"execution.zero_stage={old.zero_stage} and execution.num_processes set for {old.world_size} in all, or delete {checkpoint.path.parent} "
         "to train from the start."
     )
+
+
+# ---- room on the disk
+
+
+@contextlib.contextmanager
+def room_needed(root: Path, step: int, address: str) -> Iterator[None]:
+    """Around the writing of a checkpoint.
+
+    Raises CheckpointSpaceError when one as large as the last would not fit (the first is simply tried), and when the disk proves full;
+    then the half that was written is removed, which also makes room for the words about it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    complete, path = find_complete(root), checkpoint_path(root, step)
+    if complete and not path.exists() and shutil.disk_usage(root).free < complete[-1].bytes:
+        raise no_room(root, step, address)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not is_full_disk(error):
+            raise
+        sentence = no_room(root, step, address)
+        shutil.rmtree(path, ignore_errors=True)
+        raise sentence from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of writing means that the disk is full.  torch's writer says so in its own words, or not at all."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "unexpected pos", "enforce fail"))
+
+
+def no_room(root: Path, step: int, address: str) -> CheckpointSpaceError:
+    """The error of a checkpoint for which there is no room."""
+    complete, usage = find_complete(root), shutil.disk_usage(root)
+    needs = f"needs {_megabytes(complete[-1].bytes)}" if complete else "needs more"
+    kept = f" The checkpoint at step {complete[-1].step} is kept: the next run continues from it." if complete else ""
+    return CheckpointSpaceError(
+        f"{address} has no room for the checkpoint at step {step}: the disk of {root} has {_megabytes(usage.free)} of "
+        f"{_megabytes(usage.total)} free, and a checkpoint {needs}. Free space (`pesc gc` shows what nothing needs) or lower "
+        f"execution.keep_checkpoints, then run again.{kept}"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _digests(paths: Iterable[Path]) -> list[FileRecord]:
+    """Size and SHA-256 of files, four at a time: hashing runs outside the interpreter's lock."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)

@@ -53,6 +53,20 @@ class LearningRates(StageConfig):
     router: float | None = Field(default=None, gt=0, description="Of the routers.")
 
 
+class BadLossConfig(StageConfig):
+    """What becomes of a step whose loss or gradient is not finite, or far above what is usual.  Its gradient is never applied."""
+
+    policy: Literal["stop", "skip"] = Field(
+        default="stop", description="stop: end the run with a sentence. skip: go on with the next blocks; weights stay as they were."
+    )
+    max_skips: int = Field(default=3, ge=1, description="Steps in a row that skip may leave out before the run ends.")
+    explosion_factor: float | None = Field(
+        default=None, gt=1, description="A loss over so many times the median of the last steps is bad, too. null: only what is not finite."
+    )
+    norm_explosion_factor: float | None = Field(default=None, gt=1, description="The same for the norm of the gradient.")
+    window: int = Field(default=50, ge=8, description="Steps of that median.")
+
+
 class TrainConfig(StageConfig):
     """One training run.  World size and ZeRO stage are not here: they change the order of sums only."""
 
@@ -78,6 +92,7 @@ class TrainConfig(StageConfig):
     max_steps: int | None = Field(default=None, gt=0, description="Stop after this many optimizer steps, whatever epochs says.")
     global_batch_size: int = Field(default=128, ge=1, description="Packed blocks in one optimizer step, over all ranks.")
     micro_batch_size: int = Field(default=1, ge=1, description="Packed blocks in one forward pass of one rank.")
+    bad_loss: BadLossConfig = Field(default_factory=BadLossConfig)
     seed: int = Field(default=42, ge=0, description="Data order and dropout.")
 
     @model_validator(mode="before")

@@ -7,6 +7,7 @@ checkpoints/        ranks -> ranks   what a later run continues
 result/             ranks -> stage   the stage's output, when the status is "finished"
 pids/               ranks -> stage   who must not outlive the launcher
 MET                 ranks -> stage   they have been started: all machines were there
+heartbeat/rank_N    ranks -> stage   what rank N is doing
 STOP                user -> ranks    save and end after the current step
 """
 
@@ -61,6 +62,11 @@ class Job:
     def pids(self) -> Path:
         """Where the ranks leave their pids."""
         return self.work / "pids"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Where the ranks leave signs of life."""
+        return self.work / "heartbeat"
 
     @property
     def errors(self) -> Path:

@@ -21,6 +21,7 @@ from pesc.launch.events import emit
 from pesc.launch.guard import die_with_parent
 from pesc.launch.isolated import configure_logging
 from pesc.launch.supervise import record_pid
+from pesc.train.heartbeat import Heartbeat
 from pesc.train.job import Job, Status, read_job, record_error, write_status
 from pesc.train.stop import StopRequest
 
@@ -36,8 +37,9 @@ def main(job_path: Path) -> int:
     rank = int(os.environ["RANK"])
     if rank == 0:
         configure_logging(job.log_level)
+    heartbeat = Heartbeat(job.heartbeats, rank)
     try:
-        _train(job, rank)
+        _train(job, rank, heartbeat)
     except Exception as error:
         record_error(job.errors, rank, error)
         logger.debug("rank %d failed", rank, exc_info=True)
@@ -46,7 +48,7 @@ def main(job_path: Path) -> int:
     return 0
 
 
-def _train(job: Job, rank: int) -> None:
+def _train(job: Job, rank: int, heartbeat: Heartbeat) -> None:
     started = time.monotonic()
     stop = StopRequest(job.stop_file)
     _report(rank, job, 0, "loading the model")
@@ -65,7 +67,7 @@ def _train(job: Job, rank: int) -> None:
         log_trainable(model)
     blocks = PackedBlocks(job.blocks)
     data = OrderedBlocks(blocks, BlockOrder(len(blocks), config.seed), job.steps * config.global_batch_size)
-    trainer = PescTrainer(model, _arguments(job), data, job, stop, _StepReporter(rank, job))
+    trainer = PescTrainer(model, _arguments(job), data, job, stop, heartbeat, _StepReporter(rank, job))
     resumed_at = _resume_point(trainer)
     if resumed_at:
         checkpoint = checkpoints.checkpoint_path(job.checkpoints, resumed_at)
@@ -79,6 +81,7 @@ def _train(job: Job, rank: int) -> None:
         "seconds_training": round(time.monotonic() - trained_from, 2),
         "resumed_at": resumed_at,
     }
+    heartbeat.beat("writing the result")
     _finish(trainer, groups, measured)
 
 
@@ -95,11 +98,12 @@ def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
     trained = gather_trained(trainer.model, keep=is_first)
     if is_first:
         lines = trainer.history.lines
+        losses = [line["loss"] for line in lines if "skipped" not in line] or [None]
         facts = {
             "steps": len(lines),
             "tokens": sum(line["tokens"] for line in lines),
-            "loss_first": lines[0]["loss"],
-            "loss_last": lines[-1]["loss"],
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
         }
         write_result(job.result, trained, job.config, groups, facts, lines)
         write_status(job.work, Status("finished", trainer.state.global_step, "", metrics))
@@ -200,7 +204,7 @@ class _StepReporter:
         step, every = line["step"], self._job.execution.log_every_steps
         if step % every and step != self._job.steps:
             return
-        fields = {name: line[name] for name in ("loss", "balance", "lr", "grad_norm") if name in line}
+        fields = {name: line[name] for name in ("loss", "balance", "lr", "grad_norm") if line.get(name) is not None}
         _report(self._rank, self._job, step, "training", **fields, tokens_per_second=round(tokens_per_second, 1))
 
 

@@ -22,6 +22,7 @@ from pesc.errors import (
     RecipeError,
     StageFailedError,
     TrainingFailedError,
+    TrainingOutOfMemoryError,
 )
 from pesc.launch import supervise
 from pesc.launch.events import relay
@@ -34,6 +35,7 @@ from pesc.train import checkpoints
 from pesc.train.attempts import NotMetError, run_attempts
 from pesc.train.blocks import PackedBlocks
 from pesc.train.config import TrainConfig
+from pesc.train.heartbeat import Watchdog
 from pesc.train.job import Job, RankError, read_errors, read_status
 from pesc.train.order import count_steps
 
@@ -45,9 +47,9 @@ _SHUTDOWN_SECONDS = 15  # torchrun waits so long for the ranks to save; below th
 def build(ctx: StageContext) -> BuildResult:
     """Train `inputs["model"]` on `inputs["blocks"]`.
 
-    Raises TrainingFailedError (an error of the run, out of memory; RankKilledError), InterruptedStageError (a stop file), PreemptedError
-    (the ranks were told to stop from outside; PeerLostError: another machine is gone).  The checkpoints are kept and another run
-    continues; after a lost process or machine this one does, `execution.restarts` times.
+    Raises TrainingFailedError and its kin (an error of the run, out of memory, hung, no room, RankKilledError), InterruptedStageError (a
+    stop file), PreemptedError (the ranks were told to stop from outside; PeerLostError: another machine is gone).  The checkpoints are
+    kept and another run continues; after a lost process or machine this one does, `execution.restarts` times.
     """
     device, per_node = choose_processes(ctx.execution)
     world_size = per_node * ctx.execution.num_nodes
@@ -69,6 +71,7 @@ def _attempt(ctx: StageContext, job: Job, layout: checkpoints.Layout, per_node: 
         log_path=log_path,
         on_event=lambda event: relay(event, ctx.on_progress),
         pids_dir=job.pids,
+        step=Watchdog(ctx.address, job.heartbeats, job.pids, ctx.execution, log_path, lambda: _kept(job)),
     )
     return _conclude(ctx, job, outcome, log_path)
 
@@ -134,6 +137,7 @@ def _prepare_workspace(job: Job, layout: checkpoints.Layout, is_first: bool) -> 
     for folder in (job.errors, job.result):
         shutil.rmtree(folder, ignore_errors=True)
     checkpoints.clean(job.checkpoints)
+    checkpoints.set_aside_damaged(job.checkpoints, job.address)
     if complete := checkpoints.find_complete(job.checkpoints):
         checkpoints.require_same_layout(complete[-1], layout, job.address)
         logger.info("%s continues from the checkpoint at step %d", job.address, complete[-1].step)
@@ -168,6 +172,7 @@ def _conclude(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_path:
         if status.reason == "signal":
             raise PreemptedError(f"{kept} (the training processes were told to stop).")
         raise InterruptedStageError(f"{kept} (asked by {job.stop_file}).")
+    checkpoints.clean(job.checkpoints)  # half a checkpoint is of no use, and its room may be what was wanting
     rank_errors = read_errors(job.errors)
     if rank_errors and rank_errors[0].kind != "lost peer":  # else: what ended the peer is the cause, and it left no word
         raise _error_of(ctx, rank_errors[0], log_path)
@@ -184,7 +189,7 @@ def _error_of(ctx: StageContext, error: RankError, log_path: Path) -> PescError:
         ways += [] if ctx.execution.gradient_checkpointing == "full" else ["set execution.gradient_checkpointing=full"]
         ways += [] if ctx.execution.zero_stage == 3 else [f"raise execution.zero_stage (now {ctx.execution.zero_stage})"]
         ways += ["use a shorter tokenize context, or more or larger devices"]
-        return TrainingFailedError(
+        return TrainingOutOfMemoryError(
             f"{ctx.address} ran out of memory on rank {error.rank} ({error.message.splitlines()[0]}): {', or '.join(ways)}."
         )
     return TrainingFailedError(f"{ctx.address} failed on rank {error.rank}; the whole log is {log_path}.\n{error.trace}")
@@ -192,8 +197,7 @@ def _error_of(ctx: StageContext, error: RankError, log_path: Path) -> PescError:
 
 def _unexplained(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_path: Path) -> StageFailedError:
     """The ranks ended without a word: killed, or torchrun itself failed."""
-    complete = checkpoints.find_complete(job.checkpoints)
-    kept = f" The checkpoint at step {complete[-1].step} is kept: the next run continues from it." if complete else ""
+    kept = _kept(job)
     if job.execution.num_nodes > 1 and not job.met_file.exists() and "Rendezvous" in outcome.tail:
         return NotMetError(
             f"{ctx.address}: the {job.execution.num_nodes} machines did not meet at {job.execution.master} within execution.join_timeout "
@@ -213,6 +217,11 @@ def _unexplained(ctx: StageContext, job: Job, outcome: supervise.Outcome, log_pa
     if "SIGTERM" in outcome.tail or outcome.returncode < 0:
         return PreemptedError(f"{ctx.address}: the training processes were stopped from outside; the log is {log_path}.{kept}")
     return ended_badly(ctx.address, outcome, log_path)
+
+
+def _kept(job: Job) -> str:
+    complete = checkpoints.find_complete(job.checkpoints)
+    return f" The checkpoint at step {complete[-1].step} is kept: the next run continues from it." if complete else ""
 
 
 def _optimizer_note(job: Job) -> str:

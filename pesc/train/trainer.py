@@ -11,7 +11,7 @@ of a step over all ranks.
 from __future__ import annotations
 
 import inspect
-import math
+import logging
 import os
 from typing import Any
 
@@ -20,14 +20,15 @@ from peft import PeftModel
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from pesc.errors import TrainingFailedError
 from pesc.models import mixtral
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.tuning import export_choices
 from pesc.train import checkpoints
+from pesc.train.bad_loss import StepGate, decide, find_fault, finite, keep_norm
 from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Throughput
 from pesc.train.collator import Collator, OrderedBlocks, loading
 from pesc.train.head import LossHead
+from pesc.train.heartbeat import Heartbeat
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
@@ -35,15 +36,24 @@ from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule
 from pesc.train.order import RankBatches, derive_seed
 from pesc.train.stop import StopRequest
 
+logger = logging.getLogger(__name__)
+
 
 class PescTrainer(Trainer):
     """One rank's trainer.  `interrupted` says why the run ended early, if it did."""
 
     def __init__(
-        self, model: PeftModel | PreTrainedModel, args: TrainingArguments, data: OrderedBlocks, job: Job, stop: StopRequest, on_step: Any
+        self,
+        model: PeftModel | PreTrainedModel,
+        args: TrainingArguments,
+        data: OrderedBlocks,
+        job: Job,
+        stop: StopRequest,
+        heartbeat: Heartbeat,
+        on_step: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[_EndOfStep(self)])
-        self.job, self.stop, self.on_step = job, stop, on_step
+        self.job, self.stop, self.heartbeat, self.on_step = job, stop, heartbeat, on_step
         self._data, self._trained = data, model
         self.history, self.throughput = History(), Throughput()
         self.interrupted: str | None = None
@@ -58,6 +68,8 @@ class PescTrainer(Trainer):
         self._can_choose_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._head = LossHead.of(base)
         self._taken: dict[str, Any] = {}
+        self._choices: list[torch.Tensor] = []
+        self._gate = StepGate(self._judge)
 
     # ---- data
 
@@ -73,6 +85,7 @@ class PescTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
         """A step's micro-batches, and the supervised tokens in those of all ranks."""
+        self._gate.open_step()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         supervised = torch.full((), sum(batch["supervised"] for batch in batches), dtype=torch.long, device=device)
         self._reduce(supervised, distributed.ReduceOp.SUM)
@@ -83,6 +96,7 @@ class PescTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, with its own dropout whoever computes it."""
         model.train()
+        self.heartbeat.beat(f"training step {self.state.global_step + 1}")
         position = inputs["position"]
         inputs = self._prepare_inputs(inputs)
         torch.manual_seed(derive_seed("dropout", self.job.config.seed, position))
@@ -142,6 +156,7 @@ class PescTrainer(Trainer):
         """One group of everything that is trained with one learning rate."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.job.config, trainable_parameters(self._trained), self.args.device.type)
+            self._gate.guard(self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -156,14 +171,10 @@ class PescTrainer(Trainer):
     def end_step(self, control: Any) -> None:
         """Agree on the step's numbers and on whether to stop.  Raises TrainingFailedError on all ranks together."""
         step = self.state.global_step
-        self._taken, choices = self._totals.take(lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM))
-        if not math.isfinite(self._taken["loss"] + self._taken.get("balance", 0.0)):
-            raise TrainingFailedError(
-                f"{self.job.address}: the loss is {self._taken['loss']} at step {step}: lower train.learning_rate (now "
-                f"{self.job.config.learning_rate:g}) or train with compute_dtype float32; the last checkpoint is of an earlier step."
-            )
-        if self._recorder is not None and self.job.config.balance.kind == "bias":
-            for router, choices_E in zip(self._recorder.routers.values(), choices, strict=True):
+        if fault := self._gate.verdict():
+            self._leave_out(step, fault)
+        elif self._recorder is not None and self.job.config.balance.kind == "bias":
+            for router, choices_E in zip(self._recorder.routers.values(), self._choices, strict=True):
                 router.update_bias(choices_E)
         self._watch.end_step(lambda tensor: self._reduce(tensor, distributed.ReduceOp.MAX))
         self.throughput.end_step(self._taken["tokens"])
@@ -172,6 +183,30 @@ class PescTrainer(Trainer):
         if code.item() and step < self.job.steps:
             self.interrupted = self.stop.reason(code.item())
             control.should_save = control.should_training_stop = True
+
+    def _judge(self) -> str:
+        """What is wrong with the step, before the optimizer moves: the sums over all ranks, and the norm of the gradient."""
+        self._taken, self._choices = self._totals.take(lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM))
+        norm = self._engine.optimizer._global_grad_norm
+        return find_fault(self.job.config.bad_loss, self._taken["loss"], self._taken.get("balance", 0.0), float(norm), self.history.lines)
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's engine, there once training has begun."""
+        return self.model_wrapped
+
+    def begin(self) -> None:
+        """Called when the engine is there and no step was made."""
+        keep_norm(self._engine)
+        self.stop.defer()
+
+    def _leave_out(self, step: int, fault: str) -> None:
+        """Note a step that was not applied.  The schedule goes on, so that the learning rate stays a function of the step."""
+        config = self.job.config
+        logger.warning("%s", decide(config.bad_loss, fault, step, self.history.lines, self.job.address, config.learning_rate))
+        if getattr(self._engine.optimizer, "overflow", False):  # DeepSpeed saw it as well, and held the schedule back
+            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
+        self._taken = {name: finite(value) for name, value in self._taken.items()} | {"skipped": fault}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The history's line of a step; Trainer's own summaries are dropped."""
@@ -183,7 +218,7 @@ class PescTrainer(Trainer):
             "step": step,
             "lr": learning_rate_at(self.job.config, step - 1, self.job.steps),
             **({"lr_by_part": rates} if len(set(rates.values())) > 1 else {}),
-            "grad_norm": float(logs["grad_norm"]),
+            "grad_norm": finite(float(logs["grad_norm"])),
             **self._taken,
         }
         self._taken = {}
@@ -202,18 +237,22 @@ class PescTrainer(Trainer):
         return checkpoints.Layout(self.args.world_size, self.job.execution.zero_stage)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Everything first, on all ranks; then the marker; then older ones go."""
-        super()._save_checkpoint(model, trial)
-        path = checkpoints.checkpoint_path(self.job.checkpoints, self.state.global_step)
-        if self.args.should_save:
-            self.history.save(path)
-        checkpoints.save_dispatch(path, self.args.process_index, export_choices())
+        """Everything first, on all ranks; then the marker; then older ones go.  Raises CheckpointSpaceError."""
+        step, root = self.state.global_step, self.job.checkpoints
+        self.heartbeat.beat(f"saving the checkpoint at step {step}")
+        path = checkpoints.checkpoint_path(root, step)
+        with checkpoints.room_needed(root, step, self.job.address):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self.history.save(path)
+            checkpoints.save_dispatch(path, self.args.process_index, export_choices())
         if self.args.world_size > 1:
             distributed.barrier()
         if self.args.should_save:
-            checkpoints.name_latest(path)
-            checkpoints.mark_complete(path, self.layout)
-            checkpoints.clean(self.job.checkpoints, checkpoints.KEEP)
+            with checkpoints.room_needed(root, step, self.job.address):
+                checkpoints.name_latest(path)
+                checkpoints.mark_complete(path, self.layout)
+            checkpoints.clean(root, self.job.execution.keep_checkpoints)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: DeepSpeed's part of the checkpoint holds all trained weights, and the base never changes."""
@@ -242,7 +281,7 @@ class _EndOfStep(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.stop.defer()
+        self._trainer.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.end_step(control)

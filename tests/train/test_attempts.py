@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pesc.errors import PeerLostError, PreemptedError, RankKilledError, TrainingFailedError
+from pesc.errors import PeerLostError, PreemptedError, RankKilledError, TrainingFailedError, TrainingHungError
 from pesc.stage import BuildResult, Execution
 from pesc.train.attempts import PAUSE_SECONDS, NotMetError, run_attempts
 
@@ -32,8 +32,8 @@ DONE = BuildResult({"loss": 1.0})
 
 
 def test_what_was_lost_is_tried_again_as_often_as_allowed():
-    result, numbers = run([PeerLostError("gone"), RankKilledError("killed"), DONE], restarts=2)
-    assert (numbers, result.metrics) == ([0, 1, 2], {"loss": 1.0, "restarts": 2})
+    result, numbers = run([PeerLostError("gone"), RankKilledError("killed"), TrainingHungError("stopped"), DONE], restarts=3)
+    assert (numbers, result.metrics) == ([0, 1, 2, 3], {"loss": 1.0, "restarts": 3})
     with pytest.raises(PreemptedError, match="taken") as caught:
         run([PreemptedError("taken")], restarts=3)
     assert caught.value.__notes__ == ["4"]
