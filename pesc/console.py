@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from pesc.pipeline import Node
 from pesc.plan import Selection, make_plan
+from pesc.progress_text import experts_text, fields_text, held_out_text, numbers_text
 from pesc.recipe import Recipe
 from pesc.run import Outcome, run_recipe
 from pesc.stage import Progress as StageProgress
@@ -24,13 +26,25 @@ PLAIN_SECONDS = 15.0
 """Seconds between progress lines where there is no terminal."""
 
 
+class DetailedBar(Progress):
+    """A progress bar with lines below it."""
+
+    details: Text | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar, then the details."""
+        yield from super().get_renderables()
+        if self.details is not None:
+            yield self.details
+
+
 class ConsoleRun:
     """Runs a recipe and shows it.  Use as a context manager."""
 
     def __init__(self, verbose: bool = False, console: Console | None = None) -> None:
         self._console = console or Console(soft_wrap=True, highlight=False)
-        self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        self._bar = DetailedBar(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(), console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None, note="", visible=False)
@@ -69,6 +83,7 @@ class ConsoleRun:
     def _finish(self, outcome: Outcome) -> None:
         self._count += 1
         self._bar.update(self._task, visible=False)
+        self._bar.details = None
         how = "[green]built[/]" if outcome.how == "built" else "[cyan]cached[/]"
         took = f"{outcome.seconds:8.1f} s" if outcome.how == "built" else " " * 10
         address = escape(outcome.address)
@@ -77,12 +92,23 @@ class ConsoleRun:
         )
 
     def _progress(self, progress: StageProgress) -> None:
-        note = "  ".join([progress.message, *(f"{k} {v:.4g}" for k, v in progress.fields.items())]).strip()
-        self._bar.update(self._task, completed=progress.done, total=progress.total or None, note=note)
+        note = "  ".join(filter(None, [progress.message, fields_text(progress.fields)]))
+        self._bar.details = live_details(progress)
+        shown = progress.message if self._bar.details else note
+        self._bar.update(self._task, completed=progress.done, total=progress.total or None, note=shown)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             self._console.print(f"       {self._address}  {progress.done:g}/{progress.total:g} {progress.unit}  {note}", markup=False)
+
+
+def live_details(progress: StageProgress) -> Text | None:
+    """The lines below a training's bar: its numbers, the held-out losses, the experts' load; None for stages with less to say."""
+    fields = progress.fields
+    if "loss" not in fields and "held_out" not in fields:
+        return None
+    lines = (numbers_text(fields), held_out_text(fields), experts_text(fields, width=30))
+    return Text("\n".join(f"    {line}" for line in lines if line))
 
 
 @contextlib.contextmanager

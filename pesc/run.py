@@ -268,11 +268,11 @@ def _manifest(
 
 
 def _keep_log(work: Path, action: Path) -> None:
-    """The log of a build goes beside its manifest."""
-    log = work / "log.txt"
-    if log.is_file():
-        action.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(log, action / "log.txt")
+    """The log of a build, and the events of a training run, go beside its manifest."""
+    for name in ("log.txt", "events.jsonl"):
+        if (work / name).is_file():
+            action.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(work / name, action / name)
 
 
 class _full_disk_as_sentence:

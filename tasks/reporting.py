@@ -19,6 +19,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from pesc.pipeline import Graph
 from pesc.plan import Plan
+from pesc.progress_text import fields_text
 from pesc.recipe import Recipe
 from pesc.run import Job, Outcome
 from pesc.stage import Progress
@@ -85,8 +86,8 @@ def _uuid(value: Any) -> UUID:
 
 def progress_line(progress: Progress) -> str:
     """`40/200 steps  loss 1.93`."""
-    fields = [f"{name} {value:.4g}" for name, value in progress.fields.items()]
-    return "  ".join([f"{progress.done:g}/{progress.total:g} {progress.unit}", *filter(None, [progress.message]), *fields])
+    parts = [f"{progress.done:g}/{progress.total:g} {progress.unit}", progress.message, fields_text(progress.fields)]
+    return "  ".join(filter(None, parts))
 
 
 @_best_effort

@@ -147,6 +147,29 @@ def plot_training(training: Mapping[str, Training], colours: Mapping[str, str]) 
         return _svg(figure)
 
 
+def plot_held_out(training: Mapping[str, Training], colours: Mapping[str, str]) -> str:
+    """Held-out loss of the arms, a panel a domain, at most three beside one another."""
+    domains = sorted({domain for run in training.values() for domain in run.domains})
+    columns = 2 if len(domains) == 4 else min(3, len(domains))
+    rows = -(-len(domains) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.5 + 2.1 * rows))
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, domain in zip(panels, domains, strict=False):
+            for arm, run in training.items():
+                steps, values = run.held_out_series(domain)
+                axes.plot(steps, values, "o-", color=colours[arm], markersize=3, linewidth=1.5, label=arm)
+            axes.set_title(domain, fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+        for axes in panels[len(domains) :]:
+            axes.set_axis_off()
+        figure.supxlabel("optimizer step", fontsize=9)
+        figure.supylabel("held-out loss in nats per token", fontsize=9)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=6)
+        return _svg(figure)
+
+
 def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     """Exponential mean with bias correction."""
     smoothed, mean = [], 0.0

@@ -31,11 +31,24 @@ class Training:
     trainable: tuple[Mapping[str, Any], ...]
     facts: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...] = ()
+    held_out: tuple[Mapping[str, Any], ...] = ()
+    """A line a look at the held-out blocks (held_out.jsonl)."""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one measurement, where it is there."""
         found = [(line["step"], line[key]) for line in self.history if isinstance(line.get(key), int | float) and "step" in line]
         return [step for step, _ in found], [float(value) for _, value in found]
+
+    def held_out_series(self, domain: str) -> tuple[list[int], list[float]]:
+        """Steps and held-out losses of one domain, where they are known."""
+        found = [(line["step"], (line["domains"].get(domain) or {}).get("loss")) for line in self.held_out]
+        known = [(step, float(loss)) for step, loss in found if loss is not None]
+        return [step for step, _ in known], [loss for _, loss in known]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the held-out blocks, by name."""
+        return sorted({name for line in self.held_out for name in line["domains"]})
 
     @property
     def expert_load(self) -> Mapping[str, Any] | None:
@@ -93,10 +106,15 @@ def _read_training(folder: Path) -> Training | None:
     if record is None:
         return None
     config = record.get("config") or {}
-    history = []
-    if (path := folder / "history.jsonl").is_file():
-        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return Training(str(config.get("method", "")), config, tuple(record.get("trainable") or ()), record.get("facts") or {}, tuple(history))
+    facts = {key: value for key, value in (record.get("facts") or {}).items() if not key.startswith("held_out")}
+    history, held_out = _read_lines(folder / "history.jsonl"), _read_lines(folder / "held_out.jsonl")
+    return Training(str(config.get("method", "")), config, tuple(record.get("trainable") or ()), facts, history, held_out)
+
+
+def _read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+    if not path.is_file():
+        return ()
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def data_funnel(dedup: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -92,6 +92,7 @@ def collect(
     names = {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
     training = {
         arm: {"method": run.method, "facts": dict(run.facts), "trainable": list(run.trainable), "settings": dict(run.settings)}
+        | ({"held_out": [dict(run.held_out[0]), dict(run.held_out[-1])]} if run.held_out else {})
         for arm, run in records.training.items()
     }
     settings: list[dict[str, Any]] = []
@@ -153,6 +154,8 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
     runs = {arm: records.training[arm] for arm in kinds if arm in records.training and records.training[arm].series("loss")[0]}
     if runs:
         drawn["training"] = plots.plot_training(runs, colours)
+    if looked := {arm: run for arm, run in runs.items() if run.domains}:
+        drawn["held-out"] = plots.plot_held_out(looked, colours)
     for arm, run in runs.items():
         block = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {})
         if (load := run.expert_load) and block.get("num_experts"):

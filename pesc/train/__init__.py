@@ -8,6 +8,7 @@ What it is
     collator.py     blocks -> one micro-batch         loss.py        cross-entropy over the supervised tokens
     modeling.py     model, LoRA, what is trainable    optimizer.py   optimizer and learning-rate schedule
     trainer.py      the step                          callbacks.py   dead gradients, the numbers of a step, history
+    held_out.py     the loss on blocks never trained on           watch.py   events.jsonl, progress; flops.py: arithmetic and peaks
     stop.py         a wish to stop, until the step ends
     deepspeed.py    ZeRO settings                     checkpoints.py complete checkpoints, and which ones can be continued
     result.py       the adapter, the bank, the record of the run

@@ -172,20 +172,32 @@ def summarize_load(choices: Sequence[Sequence[float]]) -> dict[str, list]:
 
 
 class History:
-    """One line an optimizer step; part of every checkpoint."""
+    """One line an optimizer step, and one a look at the held-out blocks; part of every checkpoint."""
 
-    FILE_NAME = "history.jsonl"
+    FILE_NAME, HELD_OUT_NAME = "history.jsonl", "held_out.jsonl"
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.held_out: list[dict[str, Any]] = []
+
+    def has_looked(self, step: int) -> bool:
+        """Whether the held-out loss after `step` steps is known."""
+        return any(line["step"] == step for line in self.held_out)
 
     def save(self, folder: Path) -> None:
         """Write beside a checkpoint."""
-        (folder / self.FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        for name, lines in ((self.FILE_NAME, self.lines), (self.HELD_OUT_NAME, self.held_out)):
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Continue a checkpoint's history."""
-        self.lines = [json.loads(line) for line in (folder / self.FILE_NAME).read_text(encoding="utf-8").splitlines()]
+        self.lines = _read_lines(folder / self.FILE_NAME)
+        looks = folder / self.HELD_OUT_NAME
+        self.held_out = _read_lines(looks) if looks.is_file() else []
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Throughput:
@@ -203,6 +215,11 @@ class Throughput:
             self.steps += 1
         else:
             self._started = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """Time in which nothing was trained."""
+        if self._started is not None:
+            self._started += seconds
 
     @property
     def tokens_per_second(self) -> float:

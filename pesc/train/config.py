@@ -94,6 +94,12 @@ class TrainConfig(StageConfig):
     micro_batch_size: int = Field(default=1, ge=1, description="Packed blocks in one forward pass of one rank.")
     bad_loss: BadLossConfig = Field(default_factory=BadLossConfig)
     seed: int = Field(default=42, ge=0, description="Data order and dropout.")
+    evaluate_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between looks at the held-out loss. Default: a tenth of the run; also at start and end.",
+    )
+    evaluate_blocks: int = Field(default=16, ge=0, description="Held-out blocks of each domain that a look reads, at most; 0: no looks.")
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _train(job: Job, rank: int, heartbeat: Heartbeat) -> None:
     from pesc.train import checkpoints
     from pesc.train.blocks import PackedBlocks
     from pesc.train.collator import OrderedBlocks
+    from pesc.train.held_out import open_held_out
     from pesc.train.modeling import count_trainable, load_trainable, log_trainable
     from pesc.train.order import BlockOrder
     from pesc.train.trainer import PescTrainer
@@ -67,13 +69,15 @@ def _train(job: Job, rank: int, heartbeat: Heartbeat) -> None:
         log_trainable(model)
     blocks = PackedBlocks(job.blocks)
     data = OrderedBlocks(blocks, BlockOrder(len(blocks), config.seed), job.steps * config.global_batch_size)
-    trainer = PescTrainer(model, _arguments(job), data, job, stop, heartbeat, _StepReporter(rank, job))
+    held_out = open_held_out(job.blocks, config, job.steps, rank, int(os.environ["WORLD_SIZE"]))
+    trainer = PescTrainer(model, _arguments(job), data, job, stop, heartbeat, _watch(rank, job, model), held_out)
     resumed_at = _resume_point(trainer)
     if resumed_at:
         checkpoint = checkpoints.checkpoint_path(job.checkpoints, resumed_at)
         trainer.history.load(checkpoint)
         adopt_choices(checkpoints.read_dispatch(checkpoint, rank))
         logger.info("%s continues after step %d", job.address, resumed_at)
+    trainer.events.start(resumed_at, world_size=trainer.args.world_size, zero_stage=job.execution.zero_stage, address=job.address)
     trained_from = time.monotonic()
     trainer.train(resume_from_checkpoint=str(job.checkpoints / f"checkpoint-{resumed_at}") if resumed_at else None)
     measured = {
@@ -90,6 +94,7 @@ def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
     from pesc.train.result import gather_trained, write_result
 
     job, is_first = trainer.job, trainer.args.local_process_index == 0
+    trainer.events.end(trainer.state.global_step, trainer.interrupted or "")
     metrics = {**measured, **_measure(trainer)}
     if trainer.interrupted:
         if is_first:
@@ -105,7 +110,9 @@ def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
             "loss_first": losses[0],
             "loss_last": losses[-1],
         }
-        write_result(job.result, trained, job.config, groups, facts, lines)
+        if looks := trainer.history.held_out:
+            facts |= {"held_out_first": looks[0], "held_out_last": looks[-1]}
+        write_result(job.result, trained, job.config, groups, facts, lines, looks)
         write_status(job.work, Status("finished", trainer.state.global_step, "", metrics))
 
 
@@ -194,18 +201,18 @@ def _resume_point(trainer: Any) -> int:
     return step
 
 
-class _StepReporter:
-    """Rank 0 tells the stage about each step."""
+def _watch(rank: int, job: Job, model: Any) -> Any:
+    """Who notes the run's events."""
+    from pesc.models import mixtral
+    from pesc.moe.router import find_routers
+    from pesc.train.flops import RECOMPUTED, cost_of_token
+    from pesc.train.watch import RunWatch
 
-    def __init__(self, rank: int, job: Job) -> None:
-        self._rank, self._job = rank, job
-
-    def __call__(self, line: dict[str, Any], tokens_per_second: float) -> None:
-        step, every = line["step"], self._job.execution.log_every_steps
-        if step % every and step != self._job.steps:
-            return
-        fields = {name: line[name] for name in ("loss", "balance", "lr", "grad_norm") if line.get(name) is not None}
-        _report(self._rank, self._job, step, "training", **fields, tokens_per_second=round(tokens_per_second, 1))
+    routers = mixtral.find_routers(model) if job.config.method == "upcycle-full" else find_routers(model)
+    router: Any = next(iter(routers.values()), None)
+    top_k, experts = (router.top_k, router.num_experts) if router else (1, 1)
+    cost = cost_of_token(model, top_k, experts, RECOMPUTED[job.execution.gradient_checkpointing])
+    return RunWatch(rank, job, partial(_report, rank, job), cost, int(os.environ["WORLD_SIZE"]))
 
 
 def _report(rank: int, job: Job, step: int, message: str, **fields: float) -> None:

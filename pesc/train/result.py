@@ -6,6 +6,7 @@
     weights.safetensors                                      method upcycle-full, instead of both: every weight, named as Mixtral checkpoints are
     training.json                                            settings, what was trained, facts that do not depend on time or place
     history.jsonl                                            one line an optimizer step
+    held_out.jsonl                                           where tokenize left held-out blocks: one line a look, the loss by domain
 
 Bytes depend on the weights and the settings alone: no paths, no versions, no order of a set.
 """
@@ -55,6 +56,7 @@ def write_result(
     groups: Sequence[TrainableGroup],
     facts: dict[str, Any],
     history: Sequence[dict],
+    held_out: Sequence[dict] = (),
 ) -> None:
     """Write the stage's output into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,8 +69,9 @@ def write_result(
     _write_json(
         folder / "training.json", {"config": config.model_dump(mode="json"), "trainable": [asdict(g) for g in groups], "facts": facts}
     )
-    lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in history)
-    (folder / "history.jsonl").write_text(lines, encoding="utf-8")
+    _write_lines(folder / "history.jsonl", history)
+    if held_out:
+        _write_lines(folder / "held_out.jsonl", held_out)
 
 
 def _write_adapter(folder: Path, trained: dict[str, torch.Tensor], config: TrainConfig) -> None:
@@ -89,6 +92,10 @@ def _adapter_config(config: TrainConfig) -> dict[str, Any]:
         fields.pop(name, None)
     fields |= {"inference_mode": True, "base_model_name_or_path": None}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+
+def _write_lines(path: Path, lines: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines), encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import time
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Th
 from pesc.train.collator import Collator, OrderedBlocks, loading
 from pesc.train.head import LossHead
 from pesc.train.heartbeat import Heartbeat
+from pesc.train.held_out import HeldOut
 from pesc.train.job import Job
 from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
 from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule, part_of, rates_at
 from pesc.train.order import RankBatches, derive_seed
 from pesc.train.stop import StopRequest
+from pesc.train.watch import RunWatch
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +53,11 @@ class PescTrainer(Trainer):
         job: Job,
         stop: StopRequest,
         heartbeat: Heartbeat,
-        on_step: Any,
+        events: RunWatch,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=data, callbacks=[_EndOfStep(self)])
-        self.job, self.stop, self.heartbeat, self.on_step = job, stop, heartbeat, on_step
+        self.job, self.stop, self.heartbeat, self.events, self._held_out = job, stop, heartbeat, events, held_out
         self._data, self._trained = data, model
         self.history, self.throughput = History(), Throughput()
         self.interrupted: str | None = None
@@ -183,6 +187,7 @@ class PescTrainer(Trainer):
         if code.item() and step < self.job.steps:
             self.interrupted = self.stop.reason(code.item())
             control.should_save = control.should_training_stop = True
+        control.should_evaluate = not self.interrupted  # the run that continues looks first: there may be no time now
 
     def _judge(self) -> str:
         """What is wrong with the step, before the optimizer moves: the sums over all ranks, and the norm of the gradient."""
@@ -199,6 +204,7 @@ class PescTrainer(Trainer):
         """Called when the engine is there and no step was made."""
         keep_norm(self._engine)
         self.stop.defer()
+        self.look()
 
     def _leave_out(self, step: int, fault: str) -> None:
         """Note a step that was not applied.  The schedule goes on, so that the learning rate stays a function of the step."""
@@ -223,7 +229,35 @@ class PescTrainer(Trainer):
         }
         self._taken = {}
         self.history.lines.append(line)
-        self.on_step(line, self.throughput.tokens_per_second)
+        self.events.step(line, self.throughput.tokens_per_second)
+
+    # ---- the held-out loss
+
+    def look(self) -> None:
+        """Measure the held-out loss if it is due and not known yet; all ranks together."""
+        step, held_out = self.state.global_step, self._held_out
+        if held_out is None or not held_out.is_due(step) or self.history.has_looked(step):
+            return
+        started = time.monotonic()
+        measured = held_out.measure(self._sum_of_losses, lambda tensor: self._reduce(tensor, distributed.ReduceOp.SUM), self.args.device)
+        seconds = time.monotonic() - started
+        self.throughput.leave_out(seconds)
+        self.history.held_out.append({"step": step, **measured})
+        self.events.evaluated(step, measured, seconds)
+
+    def _sum_of_losses(self, items: Any) -> torch.Tensor:
+        """Σ cross-entropy of some blocks, without dropout; `training_step` goes back to training mode."""
+        model: Any = self.model_wrapped
+        model.eval()
+        self.heartbeat.beat(f"the held-out loss after step {self.state.global_step}")
+        inputs = self._prepare_inputs(Collator(flatten=self._flatten, choose_logits=self._can_choose_logits)(items))
+        with torch.no_grad():
+            return self._cross_entropy(model, inputs, torch.ones((), device=self.args.device)).detach()
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Trainer's place for it: after the step's line, before its checkpoint."""
+        self.look()
+        return {}
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> None:
         if self.args.world_size > 1:
@@ -238,7 +272,7 @@ class PescTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Everything first, on all ranks; then the marker; then older ones go.  Raises CheckpointSpaceError."""
-        step, root = self.state.global_step, self.job.checkpoints
+        started, step, root = time.monotonic(), self.state.global_step, self.job.checkpoints
         self.heartbeat.beat(f"saving the checkpoint at step {step}")
         path = checkpoints.checkpoint_path(root, step)
         with checkpoints.room_needed(root, step, self.job.address):
@@ -253,6 +287,7 @@ class PescTrainer(Trainer):
                 checkpoints.name_latest(path)
                 checkpoints.mark_complete(path, self.layout)
             checkpoints.clean(root, self.job.execution.keep_checkpoints)
+        self.events.saved(step, time.monotonic() - started)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: DeepSpeed's part of the checkpoint holds all trained weights, and the base never changes."""

@@ -47,6 +47,15 @@ def inputs(tmp_path):
             for line in lines:
                 line |= {"balance": 0.01, "experts": {"max": [0.4, 0.5], "min": [0.1, 0.1], "entropy": [0.9, 0.8], "dead": [0, 1]}}
         (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        looks = [
+            {
+                "step": step,
+                "loss": 2.1,
+                "domains": {d: {"loss": 2.3 - step / 9 - (d == "math") / 5, "tokens": 1234} for d in ("code", "math")},
+            }
+            for step in (0, 2, 3)
+        ]
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in looks), encoding="utf-8")
         found[f"train[{arm}]"] = folder
     proof = {"tolerance": {"logits": 0.05}, "prompts": 2, "tokens": 30, "logits": {"max_difference": 0.01}, "routing": {"layer": 1.0}}
     found["merge[sparse]"] = write_json(root / "merge" / "proof.json", proof)
@@ -99,6 +108,7 @@ def test_two_runs_write_the_same_bytes(tmp_path, inputs):
         "report.html",
         "plots/scores.svg",
         "plots/training.svg",
+        "plots/held-out.svg",
         "plots/routing-sparse.svg",
         "plots/data.svg",
     }
@@ -145,6 +155,17 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path, inputs):
     assert {"results", "paired", "published", "training", "data", "merge", "settings", "samples", "rules"} <= set(page.ids)
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(page.ids)
     assert str(tmp_path) not in text
+
+
+def test_the_page_shows_each_domains_held_out_loss_before_and_after(tmp_path, inputs):
+    out = run(tmp_path, inputs)
+    row = r"control</td><td class=\"left\">math</td><td>1,234</td><td>2.1</td><td>1.767</td>"
+    assert re.search(row, (out / "report.html").read_text())
+    assert json.loads((out / "results.json").read_text())["training"]["sparse"]["held_out"][0]["step"] == 0
+    for arm in ("sparse", "control"):
+        (inputs[f"train[{arm}]"] / "held_out.jsonl").unlink()
+    earlier = run(tmp_path / "earlier", inputs)
+    assert not (earlier / "plots" / "held-out.svg").exists()
 
 
 def test_one_evaluation_is_enough(tmp_path, inputs):
