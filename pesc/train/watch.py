@@ -6,8 +6,9 @@
     {"event": "checkpoint", "time", "step", "seconds"}
     {"event": "end",        "time", "step", "reason": "" | "signal" | "stop file"}
 
-A step that was left out says why in "skipped".  time: seconds since 1970.  A continued run appends to the file of the one before; after success it lies beside the manifest.  What
-depends on time or place is here alone: history.jsonl and held_out.jsonl of the result are the same bytes for the same run.
+A step that was left out says why in "skipped".  time: seconds since 1970.  A continued run appends to the file of the one before;
+after success it lies beside the manifest.  What depends on time or place is here alone: history.jsonl and held_out.jsonl of the
+result are the same bytes for the same run.
 """
 
 from __future__ import annotations
