@@ -30,7 +30,7 @@ TRAIN = {
     "global_batch_size": 4,
     "seed": 7,
 }
-EXECUTION = {"device": "cpu", "num_processes": 2, "gradient_checkpointing": False, "save_every_steps": 2}
+EXECUTION = {"device": "cpu", "num_processes": 2, "gradient_checkpointing": "none", "save_every_steps": 2}
 
 
 def hand_out(ctx: StageContext) -> BuildResult:

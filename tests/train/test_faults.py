@@ -41,7 +41,7 @@ def test_a_stopped_rank_is_found_and_named_and_nothing_is_left(tmp_path, sparse_
     def heartbeat_of(ctx, rank):
         return (ctx.work / "heartbeat" / f"rank_{rank}").read_text()
 
-    ctx = context(tmp_path, sparse_dir, blocks_dir, {**SAVING, "hang_seconds": 15}, freeze, max_steps=10_000)
+    ctx = context(tmp_path, sparse_dir, blocks_dir, {**SAVING, "hang_seconds": 15}, freeze, max_steps=10_000, epochs=10_000)
     with pytest.raises(TrainingHungError) as caught:
         stage.build(ctx)
     sentence = str(caught.value)
