@@ -268,11 +268,13 @@ def _manifest(
 
 
 def _keep_log(work: Path, action: Path) -> None:
-    """The log of a build, and the events of a training run, go beside its manifest."""
+    """The log of a build, and the events of a training run, go beside its manifest; TensorBoard's files as well."""
     for name in ("log.txt", "events.jsonl"):
         if (work / name).is_file():
             action.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(work / name, action / name)
+    if (work / "tensorboard").is_dir():
+        shutil.copytree(work / "tensorboard", action / "tensorboard", dirs_exist_ok=True)
 
 
 class _full_disk_as_sentence:

@@ -65,6 +65,9 @@ class Execution(BaseModel):
     load_seconds: float = Field(
         default=3600.0, gt=0, description="The same while the model is loaded, a checkpoint saved or the result written."
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",), description="Who else records a training run: TensorBoard's files in the workspace, W&B, MLflow."
+    )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")

@@ -21,7 +21,7 @@ from pesc.run import Job, Outcome, build_or_open
 from pesc.store import ArtifactRef, Store
 from tasks.cluster import open_shards
 from tasks.policy import StagePolicy
-from tasks.reporting import ProgressReport, publish_result
+from tasks.reporting import ProgressReport, publish_result, publish_training
 
 StageTask = Task[[Job, str], ArtifactRef]
 
@@ -68,6 +68,8 @@ def _execute(job: Job, store: Store) -> ArtifactRef:
     outcome = build_or_open(store, job, ProgressReport(job, get_run_logger()), open_shards)
     if outcome.how == "built":
         publish_result(store, outcome)
+        if outcome.ref.stage == "train":
+            publish_training(store, outcome)
     return outcome.ref
 
 

@@ -154,6 +154,19 @@ def result_markdown(store: Store, manifest: Manifest) -> str:
 
 
 @_best_effort
+def publish_training(store: Store, outcome: Outcome) -> None:
+    """The curves of a training run."""
+    from pesc.evaluate.training_page import training_markdown
+
+    manifest = store.manifest(outcome.ref.stage, outcome.ref.fingerprint)
+    recipe = manifest.recipe if manifest else ""
+    title = f"Training: {outcome.address} of {recipe}"
+    events = store.action_path(outcome.ref.stage, outcome.ref.fingerprint) / "events.jsonl"
+    text = training_markdown(title, store.open(outcome.ref), events)
+    create_markdown_artifact(text, key=artifact_key("training", outcome.address, recipe), description=title)
+
+
+@_best_effort
 def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
     """The report's tables, and a link to its page."""
     place = store.open(outcomes["report"].ref)

@@ -5,6 +5,7 @@
     language_model.py  lm-eval's Hugging Face model with a journal of answers       sandbox/      runs model-written code
     report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
     baselines/         published figures with their sources                         intervals.py  intervals and tests
+    training_page.py   one training run in Markdown, with its curves, for people who follow a pipeline
     records.py, tables.py, plots.py, templates/                                     parts of the page
 
 Promises: prompts and scoring are lm-eval's; the same inputs give the same bytes; every score comes with its interval, its number of

@@ -82,7 +82,7 @@ def read_records(inputs: Mapping[str, Path]) -> Records:
     training, proofs, stats = {}, {}, {}
     for address, folder in sorted(inputs.items()):
         stage, instance = parse_address(address)
-        if stage == "train" and (found := _read_training(folder)):
+        if stage == "train" and (found := read_training(folder)):
             training[instance] = found
         elif stage == "merge" and (proof := read_json(folder / "proof.json")):
             proofs[instance] = proof
@@ -101,7 +101,8 @@ def read_json(path: Path) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_training(folder: Path) -> Training | None:
+def read_training(folder: Path) -> Training | None:
+    """A train object; None (with a warning) when it has no record."""
     record = read_json(folder / "training.json")
     if record is None:
         return None

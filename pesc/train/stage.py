@@ -38,6 +38,7 @@ from pesc.train.config import TrainConfig
 from pesc.train.heartbeat import Watchdog
 from pesc.train.job import Job, RankError, read_errors, read_status
 from pesc.train.order import count_steps
+from pesc.train.trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 _LOG_NAME = "log.txt"
@@ -54,6 +55,7 @@ def build(ctx: StageContext) -> BuildResult:
     device, per_node = choose_processes(ctx.execution)
     world_size = per_node * ctx.execution.num_nodes
     check_batch(ctx.config, world_size)
+    require_trackers(ctx.execution.trackers)
     if device == "cpu" and ctx.config.compute_dtype == "bfloat16" and (warning := slow_bfloat16_sentence("train.compute_dtype")):
         logger.warning(warning)
     job, layout = _make_job(ctx, device), checkpoints.Layout(world_size, ctx.execution.zero_stage)

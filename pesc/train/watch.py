@@ -24,6 +24,7 @@ import torch
 
 from pesc.train.flops import TokenCost, peak_of
 from pesc.train.job import Job
+from pesc.train.trackers import Trackers, flatten_line
 
 FILE_NAME = "events.jsonl"
 _SHOWN = ("loss", "balance", "lr", "grad_norm")
@@ -43,10 +44,13 @@ class RunWatch:
         self._left_at: float | None = None
         self._paused = 0.0
         self._held_out: dict[str, float] = {}
+        self._trackers = Trackers(job) if self._is_on else None
 
     def start(self, step: int, **facts: Any) -> None:
         """The ranks are about to train, after `step` steps of an earlier run."""
         cost = vars(self._cost) if self._cost else None
+        if self._trackers:
+            self._trackers.start()
         self._write("start", step=step, steps=self._job.steps, flops_per_token=cost, peak_flops=self._peak, **facts)
 
     def step(self, line: Mapping[str, Any], tokens_per_second: float) -> None:
@@ -56,7 +60,9 @@ class RunWatch:
         self._left_at, self._paused = now, 0.0
         rate = line["tokens"] / seconds if seconds else None
         use = self._use(rate)
-        self._write("step", **line, seconds=seconds, tokens_per_second=rate, **use, memory_bytes=self._memory())
+        measured = {**line, "seconds": seconds, "tokens_per_second": rate, **use, "memory_bytes": self._memory()}
+        self._write("step", **measured)
+        self._track(line["step"], flatten_line(measured))
         if line["step"] % self._job.execution.log_every_steps and line["step"] != self._job.steps:
             return
         fields = {name: line[name] for name in _SHOWN if line.get(name) is not None}
@@ -69,6 +75,7 @@ class RunWatch:
         self._write("evaluation", step=step, seconds=seconds, **measured)
         losses = {"held_out": measured["loss"]} | {f"held_out/{name}": found["loss"] for name, found in measured["domains"].items()}
         self._held_out = {name: loss for name, loss in losses.items() if loss is not None}
+        self._track(step, {f"{name}/all" if name == "held_out" else name: loss for name, loss in self._held_out.items()})
         self._tell(step, "held-out loss", **self._held_out)
 
     def saved(self, step: int, seconds: float) -> None:
@@ -79,6 +86,8 @@ class RunWatch:
     def end(self, step: int, reason: str) -> None:
         """The run has ended.  reason: why before its last step, "" when it did not."""
         self._write("end", step=step, reason=reason)
+        if self._trackers:
+            self._trackers.finish()
 
     def _pause(self, seconds: float) -> None:
         """Time that is no part of a step."""
@@ -93,6 +102,10 @@ class RunWatch:
     def _memory(self) -> int:
         """The highest so far, in bytes: of the device, or of this process."""
         return torch.cuda.max_memory_allocated() if self._on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        if self._trackers:
+            self._trackers.log(step, values)
 
     def _tell(self, step: int, message: str, **fields: float) -> None:
         if self._is_on:
