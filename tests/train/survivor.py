@@ -49,7 +49,7 @@ def main(root: Path, model: str, blocks: str, steps: int) -> None:
     for name, stage in list(pipeline._BY_NAME.items()):
         if name != "train":
             pipeline._BY_NAME[name] = replace(stage, builder="tests.train.survivor:hand_out", isolated=False)
-    changes = {"train": {**TRAIN, "max_steps": steps}, "execution": EXECUTION}
+    changes = {"train": {**TRAIN, "max_steps": steps, "epochs": float(steps)}, "execution": EXECUTION}
     recipe = recipe_from_dict(_merge(tiny_recipe_dict(root / "sources"), changes))
     run_recipe(recipe, Store(root / "store"), Selection(until=("train[pesc]",)))
 
