@@ -109,13 +109,12 @@ def measure_step(settings: StepSettings) -> StepTimes:
     batch = packed_batch(arms[0].model.config.vocab_size, settings)
     memory = Memory(settings.device)
     for turn in range(settings.rounds + 1):
-        for arm in arms:
+        for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:  # nobody is always the first
             memory.start()
             seconds = run_step(arm, batch, settings.device)
             if turn:  # the first warms up, and makes the optimizer's states
                 arm.seconds.append(seconds)
                 arm.peaks.append(memory.peak() - sum(other.own_bytes for other in arms if other is not arm))
-    dense = median(arms[0].seconds)
     flops = [flops_per_token(arm, batch, settings) for arm in arms]
     rows = []
     for arm, arm_flops in zip(arms, flops, strict=True):
@@ -123,7 +122,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
         parts = share_by_part(arm.model, lambda arm=arm: run_step(arm, batch, settings.device), arm.optimizer, settings.device)
         rows.append(
             ArmTimes(
-                arm.adapter_dim, seconds, batch["tokens"] / seconds, seconds / dense, arm_flops / flops[0], max(arm.peaks), arm.loss,
+                arm.adapter_dim, seconds, batch["tokens"] / seconds, _median_ratio(arm, arms[0]), arm_flops / flops[0], max(arm.peaks), arm.loss,
                 _dispatch(arm.adapter_dim), parts,
             )
         )  # fmt: skip
@@ -240,6 +239,11 @@ def flops_per_token(arm: Arm, batch: dict[str, Any], settings: StepSettings) -> 
     again = {"none": 0.0, "selective": 0.5, "full": 1.0}[settings.checkpointing]
     vocabulary = 4 * config.vocab_size * config.hidden_size * batch["supervised"] / tokens
     return (4 + 2 * again) * frozen + (6 + 2 * again) * trained + (3.5 + again) * attention + vocabulary
+
+
+def _median_ratio(arm: Arm, control: Arm) -> float:
+    """Of the turns' ratios, so that a machine whose speed drifts moves both sides of each."""
+    return median([mine / other for mine, other in zip(arm.seconds, control.seconds, strict=True)])
 
 
 def _dispatch(adapter_dim: int) -> str:

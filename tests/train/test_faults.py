@@ -64,6 +64,14 @@ def test_memory_that_the_kernel_refuses_is_a_typed_error_with_advice(tmp_path, s
         stage.build(ctx)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sparse_dir, blocks_dir):
+    """A run that nothing disturbed, with all its checkpoints."""
+    ctx = context(tmp_path_factory.mktemp("whole"), sparse_dir, blocks_dir, {**SAVING, "keep_checkpoints": 3})
+    stage.build(ctx)
+    return ctx
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that mounts a tmpfs of so many bytes and returns its root."""
@@ -83,7 +91,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", root], check=True)
 
 
-def test_a_disk_that_is_full_during_a_checkpoint(tmp_path, small_disk, sparse_dir, blocks_dir):
+def test_a_disk_that_is_full_during_a_checkpoint(tmp_path, small_disk, sparse_dir, blocks_dir, whole):
     """The first does not fit at all; then the second does not; then there is room, and the run ends as one never disturbed."""
     tiny_disk = small_disk(150_000)
     with pytest.raises(
@@ -93,8 +101,6 @@ def test_a_disk_that_is_full_during_a_checkpoint(tmp_path, small_disk, sparse_di
     assert "is kept" not in str(first.value)
     assert list((tiny_disk / "work" / "checkpoints").glob("checkpoint-*")) == []
 
-    whole = context(tmp_path / "whole", sparse_dir, blocks_dir, SAVING)
-    stage.build(whole)
     size = checkpoints.find_complete(whole.work / "checkpoints")[-1].bytes
     disk = small_disk(int(1.6 * size) + 100_000)
     with pytest.raises(
@@ -115,9 +121,7 @@ def assert_same_bytes(ctx, other):
     assert [name for name in names if not filecmp.cmp(ctx.out / name, other.out / name, shallow=False)] == []
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, sparse_dir, blocks_dir, caplog):
-    whole = context(tmp_path / "whole", sparse_dir, blocks_dir, {**SAVING, "keep_checkpoints": 3})
-    stage.build(whole)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, sparse_dir, blocks_dir, whole, caplog):
     root = tmp_path / "broken"
     shutil.copytree(whole.work, root / "work")
     newest = checkpoints.find_complete(root / "work" / "checkpoints")
@@ -187,7 +191,7 @@ def test_a_step_with_nan_ends_the_run_unless_it_may_be_left_out(tmp_path, poison
         stage.build(context(tmp_path, model, blocks, {"num_processes": 1}))
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")])
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (3, "float32"), (0, "bfloat16"), (2, "bfloat16")])
 def test_a_step_with_nan_is_left_out_under_any_sharding(tmp_path, poisoned, zero_stage, dtype):
     model, blocks = poisoned
     ctx = context(tmp_path, model, blocks, {"zero_stage": zero_stage}, bad_loss={"policy": "skip"}, compute_dtype=dtype)
