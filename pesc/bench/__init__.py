@@ -2,6 +2,7 @@
 
     pesc bench layer, pesc bench decode   the sparse layer against the dense FFN, the sparse model against the dense one
     pesc bench step                       a training step of PESC against the dense control's: ratio, memory, where the time goes
+    pesc bench packing                    packed against padded training on the same rows: tokens a second, loss
     pesc bench convert                    dense to sparse conversion: time against a plain write of the same bytes, peak memory by model size
 
 Key contracts

@@ -88,6 +88,11 @@ def _whole_numbers(text: str, option: str = "--dims") -> list[int]:
     return [int(part) for part in parts]
 
 
+def _check_checkpointing(policy: str) -> None:
+    if policy not in ("none", "selective", "full"):
+        raise RecipeError(f"--checkpointing is {policy!r}: choose none, selective or full.")
+
+
 @bench.command()
 def data(
     rows_directory: Annotated[Path, typer.Argument(metavar="ROWS", help="Directory with some real rows of each of the four sets.")],
@@ -124,8 +129,7 @@ def step(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: seconds instead of minutes.")] = False,
 ) -> None:
     """A training step of PESC against the dense control's: tokens a second, ratio, memory and where the time goes."""
-    if checkpointing not in ("none", "selective", "full"):
-        raise RecipeError(f"--checkpointing is {checkpointing!r}: choose none, selective or full.")
+    _check_checkpointing(checkpointing)
     if top_k > experts:
         raise RecipeError(f"--top-k is {top_k}, but there are {experts} experts: a token cannot use more than there are.")
     widths = tuple(_whole_numbers(adapter_dim, "--adapter-dim"))
@@ -138,3 +142,38 @@ def step(
         model, shape, layers, widths, experts, top_k, sequence, micro_batch, dtype_named(dtype), device_named(device), checkpointing, rounds
     )
     print(render(measure_step(settings)))
+
+
+@bench.command()
+def packing(
+    model: Annotated[Path | None, typer.Option(help="A dense model's directory. Default: random weights of --shape.")] = None,
+    rows: Annotated[
+        list[Path] | None, typer.Option(help="Data files; needs --model. Default: random tokens at the lengths of real rows.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="smollm2-135m, 7b, 13b, 34b or tiny: random NF4 weights.")] = "smollm2-135m",
+    layers: Annotated[int | None, typer.Option(min=1, help="Only the first layers.")] = None,
+    adapter_dim: Annotated[int, typer.Option(min=1, help="Adapter width.")] = 64,
+    sequence: Annotated[int, typer.Option(min=16, help="Tokens of a packed block, and of a padded row.")] = 2048,
+    blocks: Annotated[int, typer.Option(min=1, help="Packed blocks of a step.")] = 2,
+    rows_together: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch that is padded to its longest.")] = 4,
+    checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    dtype: Dtype = "float32",
+    device: Device = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each arm; the median counts.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: seconds instead of minutes.")] = False,
+) -> None:
+    """Packed against padded training on the same rows: real tokens a second, and the loss."""
+    _check_checkpointing(checkpointing)
+    if rows and model is None:
+        raise RecipeError("--rows needs --model, whose tokenizer and chat template make tokens of them.")
+    from pesc.bench.device import device_named, dtype_named
+    from pesc.bench.packing import PackingSettings, measure_packing, read_token_rows, render
+    from pesc.bench.step import StepSettings
+
+    if quick:
+        shape, layers, rounds = "tiny", 2, 1
+    step = StepSettings(
+        model, shape, layers, (adapter_dim,), 8, 2, sequence, 1, dtype_named(dtype), device_named(device), checkpointing, rounds
+    )
+    read = read_token_rows(rows, model, sequence) if rows and model is not None else None
+    print(render(measure_packing(PackingSettings(step, blocks, rows_together), read)))

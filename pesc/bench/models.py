@@ -1,5 +1,6 @@
 """Models to measure training steps on: a slice of a real one, or random 4-bit weights made one projection at a time; dense, and widened.
 
+dense = base_model(directory, shape, layers, dtype, device)  one of the two below: the directory's if there is one
 dense = load_slice(directory, layers, dtype, device)         the first layers of a dense model, base in NF4
 dense = random_model(shape, layers, dtype, device)           no more than one projection exists outside NF4 at any time
 sparse = widened(dense, PescConfig(8, 2, 64))                shares every dense weight
@@ -31,6 +32,13 @@ STEP_SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Shapes that can be measured without weights."""
+
+
+def base_model(directory: Path | None, shape: str, layers: int | None, dtype: torch.dtype, device: str) -> Any:
+    """`load_slice` of a directory, or without one `random_model` of a shape; raises what they raise."""
+    if directory is not None:
+        return load_slice(directory, layers, dtype, device)
+    return random_model(shape, layers, dtype, device)
 
 
 def load_slice(directory: Path, layers: int | None, dtype: torch.dtype, device: str) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pesc.bench.models import load_slice, random_model, widened
+from pesc.bench.models import base_model, widened
 from pesc.bench.profile import Memory, share_by_part, wait
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.config import PescConfig
@@ -111,7 +111,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
     for turn in range(settings.rounds + 1):
         for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:  # nobody is always the first
             memory.start()
-            seconds = run_step(arm, batch, settings.device)
+            seconds = run_step(arm, [batch], settings.device)
             if turn:  # the first warms up, and makes the optimizer's states
                 arm.seconds.append(seconds)
                 arm.peaks.append(memory.peak() - sum(other.own_bytes for other in arms if other is not arm))
@@ -119,7 +119,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
     rows = []
     for arm, arm_flops in zip(arms, flops, strict=True):
         seconds = median(arm.seconds)
-        parts = share_by_part(arm.model, lambda arm=arm: run_step(arm, batch, settings.device), arm.optimizer, settings.device)
+        parts = share_by_part(arm.model, lambda arm=arm: run_step(arm, [batch], settings.device), arm.optimizer, settings.device)
         rows.append(
             ArmTimes(
                 arm.adapter_dim, seconds, batch["tokens"] / seconds, _median_ratio(arm, arms[0]), arm_flops / flops[0], max(arm.peaks), arm.loss,
@@ -131,10 +131,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
 
 
 def _make_arms(settings: StepSettings) -> list[Arm]:
-    if settings.model is not None:
-        base = load_slice(settings.model, settings.layers, settings.dtype, settings.device)
-    else:
-        base = random_model(settings.shape, settings.layers, settings.dtype, settings.device)
+    base = base_model(settings.model, settings.shape, settings.layers, settings.dtype, settings.device)
     base.requires_grad_(False)
     sparse = [widened(base, PescConfig(settings.experts, settings.top_k, width)) for width in settings.adapter_dims]
     return [make_arm(model, width, settings) for model, width in zip([base, *sparse], (DENSE, *settings.adapter_dims), strict=True)]
@@ -181,43 +178,51 @@ def packed_batch(vocabulary: int, settings: StepSettings) -> dict[str, Any]:
         starts = np.repeat([length // 4 for length in lengths], lengths)
         items.append({"input_ids": ids, "labels": np.where(positions < starts, NO_LOSS, ids), "position_ids": positions, "position": 0})
         rows += lengths
-    flat = settings.device.startswith("cuda") and _uses_flash(settings.device)
-    return {**Collator(flatten=flat)(items), "row_lengths": rows}
+    return {**Collator(flatten=uses_flash(settings.device))(items), "row_lengths": rows}
 
 
-def _uses_flash(device: str) -> bool:
+def uses_flash(device: str) -> bool:
+    """Whether packed blocks are read one behind the other."""
     from pesc.train.modeling import pick_attention
 
     return pick_attention(device) == "flash_attention_2"
 
 
-def run_step(arm: Arm, batch: dict[str, Any], device: str) -> float:
-    """Seconds of one step."""
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    share = torch.full((), 1 / max(1, batch["supervised"]), device=device)
+def run_step(arm: Arm, batches: Sequence[dict[str, Any]], device: str) -> float:
+    """Seconds of one optimizer step over some micro-batches; the arm's `loss` is then the mean over their supervised tokens."""
+    moved = [_moved(batch, device) for batch in batches]
+    share = torch.full((), 1 / max(1, sum(batch["supervised"] for batch in batches)), device=device)
     torch.manual_seed(0)
     wait(device)
     started = time.perf_counter()
     arm.optimizer.zero_grad(set_to_none=True)
-    if arm.recorder is None:
-        loss = total = _cross_entropy(arm, moved, share)
-    else:
-        with arm.recorder:
-            loss = _cross_entropy(arm, moved, share)
-        total = loss + 0.01 * arm.recorder.balance_loss(moved["valid"])
-        arm.recorder.clear()
-    total.backward()
+    losses = []
+    for batch in moved:
+        if arm.recorder is None:
+            loss = total = _cross_entropy(arm, batch, share)
+        else:
+            with arm.recorder:
+                loss = _cross_entropy(arm, batch, share)
+            total = loss + 0.01 * arm.recorder.balance_loss(batch["valid"]) / len(moved)
+            arm.recorder.clear()
+        total.backward()
+        losses.append(loss.detach())
     arm.optimizer.step()
     wait(device)
     seconds = time.perf_counter() - started
-    arm.loss = loss.item()
+    arm.loss = torch.stack(losses).double().sum().item()
     return seconds
+
+
+def _moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _cross_entropy(arm: Arm, batch: dict[str, Any], share: torch.Tensor) -> torch.Tensor:
     from pesc.train.loss import scaled_cross_entropy
 
-    arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "logits_to_keep": batch["kept_K"]}
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    arguments = {**given, "logits_to_keep": batch["kept_K"]}
     if arm.head is not None:
         with arm.head.scoring(batch["rows_N"], batch["targets_N"], share):
             return arm.head.loss_of(arm.model(**arguments, use_cache=False))

@@ -36,6 +36,13 @@ def test_step_prints_both_arms_and_where_the_time_goes():
     assert lines[6].split() == ["arm", "attention", "FFN", "bank+router", "CE", "optimizer", "other"]
 
 
+def test_packing_prints_an_arm_a_line():
+    done = run("packing", "--quick", "--adapter-dim", "8", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["arm", "packed", "longest", "max_length"]
+    assert "tokens/s" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -46,6 +53,8 @@ def test_step_prints_both_arms_and_where_the_time_goes():
         (("step", "--adapter-dim", "0"), "--adapter-dim is '0': write whole numbers"),
         (("step", "--checkpointing", "some"), "--checkpointing is 'some': choose none, selective or full"),
         (("step", "--model", "/nowhere"), "/nowhere has no config.json"),
+        (("packing", "--rows", "rows.jsonl"), "--rows needs --model"),
+        (("packing", "--shape", "tiny", "--checkpointing", "some"), "--checkpointing is 'some': choose none, selective or full"),
         (("decode", "--device", "tpu"), "--device is 'tpu': choose cpu or cuda"),
         (("decode", "/nowhere"), "/nowhere has no config.json"),
         (("decode", "--top-k", "9"), "pesc.top_k (9) is larger than pesc.num_experts (8)"),
