@@ -220,13 +220,14 @@ def _moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
 
 def _cross_entropy(arm: Arm, batch: dict[str, Any], share: torch.Tensor) -> torch.Tensor:
     from pesc.train.loss import scaled_cross_entropy
+    from pesc.train.packed_rows import model_inputs, rows_told
 
-    given = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    arguments = {**given, "logits_to_keep": batch["kept_K"]}
+    arguments = {**model_inputs(batch), "logits_to_keep": batch["kept_K"], "use_cache": False}
     if arm.head is not None:
-        with arm.head.scoring(batch["rows_N"], batch["targets_N"], share):
-            return arm.head.loss_of(arm.model(**arguments, use_cache=False))
-    logits_BKV = arm.model(**arguments, use_cache=False).logits
+        with arm.head.scoring(batch["rows_N"], batch["targets_N"], share), rows_told(batch["packed"]):
+            return arm.head.loss_of(arm.model(**arguments))
+    with rows_told(batch["packed"]):
+        logits_BKV = arm.model(**arguments).logits
     return scaled_cross_entropy(logits_BKV.flatten(0, 1).index_select(0, batch["rows_N"]), batch["targets_N"], share)
 
 

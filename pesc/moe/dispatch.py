@@ -8,7 +8,8 @@ T tokens, H hidden, E experts, K active experts, R adapter width.
 
 Contract
 - Gradients reach y, down, up and the gate weights.  All paths give one result up to rounding.
-- No path that `auto` can take waits for a CUDA device, except while it is measured.
+- No path that `auto` can take waits for a CUDA device, except while it is measured, and but for `grouped` where torch has no kernel for it
+  (before Hopper, or not bf16): there `auto` has measured that all experts on all tokens cost more than the wait.
 - `auto` on two machines, or twice on a busy one, may take two paths, whose results differ by rounding: pin one where every bit must repeat,
   or carry the choices along (`pesc.moe.tuning.export_choices`, `adopt_choices`).
 """

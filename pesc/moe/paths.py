@@ -86,7 +86,11 @@ def _run_pair(y_1H, down_ERH, up_ERH, index_12, gate_12):
 
 
 def run_grouped(y_TH, down_ERH, up_ERH, index_TK, gate_TK):
-    """Assignments sorted by expert, one grouped GEMM a projection.  Nothing here waits for the device."""
+    """Assignments sorted by expert, one grouped GEMM a projection.
+
+    Nothing here waits for the device; torch's own `grouped_mm` does where it has no kernel (CUDA before Hopper, or not bf16): it then reads
+    the segments' ends on the host, and runs a GEMM an expert.
+    """
     num_experts, top_k = down_ERH.shape[0], index_TK.shape[1]
     sorted_N, order_N = index_TK.flatten().sort(stable=True)
     ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True).to(torch.int32)

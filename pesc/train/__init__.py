@@ -7,6 +7,7 @@ What it is
     blocks.py       packed blocks, memory-mapped      order.py       which block is read when
     collator.py     blocks -> one micro-batch         loss.py        cross-entropy over the supervised tokens
     modeling.py     model, LoRA, what is trainable    optimizer.py   optimizer and learning-rate schedule
+    packed_rows.py  where rows begin, told to attention
     trainer.py      the step                          callbacks.py   dead gradients, the numbers of a step, history
     held_out.py     the loss on blocks never trained on           watch.py   events.jsonl, progress; flops.py: arithmetic and peaks
     stop.py         a wish to stop, until the step ends
@@ -21,6 +22,7 @@ Promises
     Everything declared trainable is trained: a tensor that gets no gradient stops the run with its name.
     The bank exists once in memory, in the compute dtype, never quantised.
     Parts with learning rates of their own follow one schedule; parts of one rate are one optimizer group.
+    Within a micro-batch the host never waits for the device (but where a kernel of torch's does, see pesc.moe.dispatch).
 
 Never
     Loads CUDA in the caller's process.  Takes an incomplete checkpoint.  Trusts torchrun's exit code (it is 1 whether or not the

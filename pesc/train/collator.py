@@ -21,6 +21,7 @@ import torch
 
 from pesc.train.blocks import PackedBlocks
 from pesc.train.order import BlockOrder
+from pesc.train.packed_rows import describe_rows
 
 NO_LOSS = -100
 
@@ -43,7 +44,8 @@ class OrderedBlocks(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes {input_ids, targets, position_ids, valid} [B, S], {kept_K, rows_N, targets_N} and the numbers `position`, `tokens`, `supervised`.
+    """Makes {input_ids, targets, position_ids, valid} [B, S], {kept_K, rows_N, targets_N} and the numbers `position`, `tokens`, `supervised`;
+    and what `pesc.train.packed_rows` says of the rows.
 
     kept_K: the positions with a target in any block (choose_logits False: all S); rows_N: the supervised tokens among those [B·K];
     targets_N: what they are to predict.  position: of the first block; tokens: not padding.
@@ -67,7 +69,8 @@ class Collator:
         }
         lengths = torch.tensor([len(block["input_ids"]) for block in blocks])
         batch["valid"] = torch.arange(longest)[None, :] < lengths[:, None]
-        return batch | self._supervision(batch["targets"]) | {"position": int(items[0]["position"]), "tokens": int(lengths.sum())}
+        batch |= self._supervision(batch["targets"]) | describe_rows(batch["position_ids"].numpy(), self.flatten)
+        return batch | {"position": int(items[0]["position"]), "tokens": int(lengths.sum())}
 
     def _supervision(self, targets_BS: torch.Tensor) -> dict[str, Any]:
         is_target_BS = targets_BS != NO_LOSS

@@ -36,6 +36,7 @@ from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
 from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule, part_of, rates_at
 from pesc.train.order import RankBatches, derive_seed
+from pesc.train.packed_rows import model_inputs, rows_told
 from pesc.train.stop import StopRequest
 from pesc.train.watch import RunWatch
 
@@ -137,11 +138,12 @@ class PescTrainer(Trainer):
         """Only positions with a target meet the vocabulary, and (but for models that change their logits) in chunks."""
         rows_N, targets_N = inputs["rows_N"], inputs["targets_N"]
         choice = {"logits_to_keep": inputs["kept_K"]} if self._can_choose_logits else {}
-        arguments = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False, **choice}
+        arguments = {**model_inputs(inputs), "use_cache": False, **choice}
         if self._head is not None:
-            with self._head.scoring(rows_N, targets_N, share):
+            with self._head.scoring(rows_N, targets_N, share), rows_told(inputs["packed"]):
                 return self._head.loss_of(model(**arguments))
-        logits_BKV = model(**arguments).logits
+        with rows_told(inputs["packed"]):
+            logits_BKV = model(**arguments).logits
         return scaled_cross_entropy(logits_BKV.reshape(-1, logits_BKV.shape[-1]).index_select(0, rows_N), targets_N, share)
 
     def _routing(self, valid_BS: torch.Tensor) -> Routing:
