@@ -108,7 +108,7 @@ def test_real_rows_have_the_stated_lengths_and_one_loss_on_the_real_model(smollm
 @pytest.mark.benchmark
 def test_packed_training_reads_real_rows_three_times_as_fast_as_rows_padded_to_2048(smollm2, real_conversations):
     rows = real_rows(smollm2, real_conversations, 2048)
-    times = measure_packing(PackingSettings(StepSettings(model=smollm2, layers=6, adapter_dims=(64,), rounds=3)), rows)
+    times = measure_packing(PackingSettings(StepSettings(model=smollm2, layers=6, adapter_dims=(64,), rounds=2)), rows)
     print("\n" + render(times))
     assert_one_loss(times)
     assert times.arm(MAX_LENGTH).ratio >= 3, render(times)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,6 @@ from pesc.train.job import Job
 from pesc.train.modeling import load_trainable
 from pesc.train.order import BlockOrder
 from pesc.train.packed_rows import describe_rows, model_inputs, rows_told
-from pesc.train.stop import StopRequest
 from pesc.train.trainer import PescTrainer
 from tests.train import tiny
 
@@ -69,7 +70,8 @@ def make_trainer(root: Path, model, config, blocks: Path, device: str, monkeypat
     job = Job("train[tiny]", config, execution, root, blocks, root, device.partition(":")[0], 2, logging.WARNING)
     read = PackedBlocks(blocks)
     data = OrderedBlocks(read, BlockOrder(len(read), config.seed), 2 * config.global_batch_size)
-    trainer = PescTrainer(model, settings, data, job, StopRequest(job.stop_file), lambda *_: None)
+    silent: Any = SimpleNamespace(beat=lambda _doing: None)
+    trainer = PescTrainer(model, settings, data, job, silent, silent, silent)
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss, **_: loss.backward())
     return trainer
 
