@@ -127,3 +127,16 @@ class TrainConfig(StageConfig):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
             )
         return self
+
+
+def full_rates(config: TrainConfig) -> dict[str, float]:
+    """Part -> its learning rate after the warm-up and before any decay."""
+    own, plain = config.learning_rates, config.learning_rate
+    lora = own.lora or plain
+    return {
+        "lora_A": lora,
+        "lora_B": lora * config.lora.plus_ratio,
+        "bank": own.bank or plain,
+        "router": own.router or plain,
+        "dense": plain,
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pesc.train.config import TrainConfig
+from pesc.train.config import TrainConfig, full_rates
 from pesc.train.modeling import group_of
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -44,19 +44,6 @@ def part_of(name: str) -> str:
     if group != "lora":
         return group
     return "lora_B" if ".lora_B." in name or ".lora_embedding_B." in name else "lora_A"
-
-
-def full_rates(config: TrainConfig) -> dict[str, float]:
-    """Part -> its learning rate after the warm-up and before any decay."""
-    own, plain = config.learning_rates, config.learning_rate
-    lora = own.lora or plain
-    return {
-        "lora_A": lora,
-        "lora_B": lora * config.lora.plus_ratio,
-        "bank": own.bank or plain,
-        "router": own.router or plain,
-        "dense": plain,
-    }
 
 
 def rates_at(config: TrainConfig, step: int, steps: int, parts: Iterable[str]) -> dict[str, float]:
