@@ -4,6 +4,7 @@ pesc recipes                              the recipes that ship with the package
 pesc plan demo                            what would run, and why
 pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
+pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
@@ -25,6 +26,7 @@ import typer
 
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.fit import commands as fit_commands
 from pesc.launch import commands as launch_commands
 from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 dev = typer.Typer(no_args_is_help=True, help="For those who change this package.")
 model_commands.add_to(app)
+fit_commands.add_to(app)
 launch_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")

@@ -9,7 +9,10 @@ from typing import Any
 from pesc.stage import Execution
 from pesc.train.config import TrainConfig
 
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
+"""Elements that are reduced or gathered at once."""
+PERSISTENT = 100_000
+"""Tensors of so many elements stay whole under ZeRO-3."""
 
 
 def make_config(config: TrainConfig, execution: Execution, world_size: int, device: str) -> dict[str, Any]:
@@ -62,13 +65,13 @@ def _zero(stage: int, device: str) -> dict[str, Any]:
         zero |= {
             "contiguous_gradients": True,
             "overlap_comm": device == "cuda",
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
         }
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": _BUCKET,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     return zero

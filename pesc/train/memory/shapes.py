@@ -68,6 +68,19 @@ class ModelShape:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
+    def other_sizes(self) -> list[int]:
+        """Sizes of the parameters beside the projections: embeddings and norms."""
+        in_layers = [self.hidden] * self.norms + self.qk_norm_sizes
+        return [self.vocab * self.hidden] * (1 if self.tied else 2) + in_layers * self.layers + [self.hidden]
+
+    @property
+    def qk_norm_sizes(self) -> list[int]:
+        """Sizes of the norms on queries and keys of one layer."""
+        if self.model_type == "olmo2":
+            return [self.heads * self.head_dim, self.kv_heads * self.head_dim]
+        return [self.qk_norm // 2] * 2 if self.qk_norm else []
+
+    @property
     def parameters(self) -> int:
         """All parameters."""
         return self.linear_parameters + self.bias_parameters + self.norm_parameters + self.embedding_parameters

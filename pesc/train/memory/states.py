@@ -5,27 +5,28 @@ n elements of a tensor, P trained parameters, N ranks; b bytes of the compute dt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pesc.errors import RecipeError
 from pesc.train.config import TrainConfig
+from pesc.train.deepspeed import PERSISTENT
 from pesc.train.memory.shapes import ModelShape
 from pesc.train.memory.trained import TrainedTensor, count_parameters, sizes_by_rate
 
 _NF4_BLOCK, _STATE_BLOCK = 64, 256
 _MIN_8BIT = 4096
 """Elements below which bitsandbytes keeps fp32 states."""
+_SUB_GROUP = 10**9
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank under ZeRO 0, 1 or 2."""
+    """Bytes of one rank."""
 
     base: int
     """The frozen model."""
     trained: dict[str, int]
-    """Weights in the compute dtype: lora, router, bank."""
+    """Weights in the compute dtype: lora, router, bank, dense."""
     padding: int
     """Of the flat buffer that ZeRO 1 and 2 keep the trained weights in."""
     masters: int
@@ -52,13 +53,22 @@ def nf4_bytes(numel: int) -> int:
     return numel // 2 + blocks + 4 * _ceil(blocks, _STATE_BLOCK) + 4 * (16 + 256 + 1)
 
 
+def frozen_tensors(shape: ModelShape, config: TrainConfig) -> Iterator[tuple[int, int]]:
+    """(elements in the compute dtype, bytes beside them) of each frozen parameter; NF4 packs weights into elements of the compute dtype."""
+    size = dtype_bytes(config)
+    for name, (inputs, outputs) in shape.projections.items() if config.method != "upcycle-full" else ():
+        numel = inputs * outputs
+        packed = (numel // 2 // size, nf4_bytes(numel) - numel // 2) if config.quantization == "nf4" else (numel, 0)
+        yield from [packed] * shape.layers
+        if name in shape.biases:
+            yield from [(outputs, 0)] * shape.layers
+    if config.method != "upcycle-full":
+        yield from ((numel, 0) for numel in shape.other_sizes)
+
+
 def base_bytes(shape: ModelShape, config: TrainConfig) -> int:
     """The frozen model: projections in NF4 or the compute dtype; embeddings, output projection, norms, biases in the compute dtype."""
-    size = dtype_bytes(config)
-    rest = size * (shape.parameters - shape.linear_parameters)
-    if config.quantization == "none":
-        return rest + size * shape.linear_parameters
-    return rest + shape.layers * sum(nf4_bytes(inputs * outputs) for inputs, outputs in shape.projections.values())
+    return sum(dtype_bytes(config) * elements + beside for elements, beside in frozen_tensors(shape, config))
 
 
 def optimizer_bytes(config: TrainConfig, sizes: Iterable[int]) -> int:
@@ -81,25 +91,51 @@ def partition_size(parameters: int, ranks: int) -> int:
 def state_bytes(shape: ModelShape, tensors: tuple[TrainedTensor, ...], config: TrainConfig, zero_stage: int, ranks: int) -> StateBytes:
     """What one rank holds.
 
-    bf16: ZeRO 0 keeps bf16 gradients; 1 whole fp32 gradients, padded like the weights; 2 this rank's part in fp32.  fp32: ZeRO 0 has no
-    masters.  Raises RecipeError for ZeRO-3, and for fp32 under ZeRO 1 and 2, whose layouts are not modelled.
+    bf16: ZeRO 0 keeps bf16 gradients; 1 those, and their sum over the step in fp32, padded like the weights; 2 and 3
+    this rank's part in fp32.  fp32: ZeRO 0 has no masters, 1 keeps whole gradients.
     """
+    if zero_stage == 3:
+        return _sharded_bytes(shape, tensors, config, ranks)
     size, counts = dtype_bytes(config), count_parameters(tensors)
-    sizes = [tensor.numel for tensor in tensors]
-    parameters = sum(sizes)
-    if zero_stage == 3 or (zero_stage and size == 4):
-        raise RecipeError(
-            f"The memory of ZeRO-{zero_stage} with {config.compute_dtype} is not modelled: use bfloat16 and execution.zero_stage 0, 1 or 2."
-        )
+    parameters = sum(counts.values())
     weights = {group: size * count for group, count in counts.items()}
     base = base_bytes(shape, config)
     if not zero_stage:
         masters = 4 * parameters if size == 2 else 0
-        return StateBytes(base, weights, 0, masters, size * parameters, optimizer_bytes(config, sizes))
+        return StateBytes(base, weights, 0, masters, size * parameters, optimizer_bytes(config, [tensor.numel for tensor in tensors]))
     parts = [partition_size(sum(group), ranks) for group in sizes_by_rate(tensors, config)]
     held = sum(parts)
-    gradients = 4 * held * (ranks if zero_stage == 1 else 1)
+    gradients = 4 * held
+    if zero_stage == 1:
+        gradients = size * parameters + (4 * held * ranks if size == 2 else 0)
     return StateBytes(base, weights, size * (held * ranks - parameters), 4 * held, gradients, optimizer_bytes(config, parts))
+
+
+def _sharded_bytes(shape: ModelShape, tensors: tuple[TrainedTensor, ...], config: TrainConfig, ranks: int) -> StateBytes:
+    """ZeRO-3: of every tensor, trained or frozen, this rank's part; those of at most `PERSISTENT` elements are kept whole beside it."""
+    size = dtype_bytes(config)
+
+    def held(elements: int) -> int:
+        return size * (_ceil(elements, ranks) + (elements if elements <= PERSISTENT else 0))
+
+    base = sum(held(elements) + beside for elements, beside in frozen_tensors(shape, config))
+    weights: dict[str, int] = {}
+    for tensor in tensors:
+        weights[tensor.group] = weights.get(tensor.group, 0) + held(tensor.numel)
+    parts = [part for group in sizes_by_rate(tensors, config) for part in _sub_groups(_ceil(numel, ranks) for numel in group)]
+    return StateBytes(base, weights, 0, 4 * sum(parts), 4 * sum(parts), optimizer_bytes(config, parts))
+
+
+def _sub_groups(sizes: Iterable[int]) -> Iterator[int]:
+    """Sizes of the flat buffers that ZeRO-3 steps one after the other: full when they reach a thousand million elements."""
+    filled = 0
+    for size in sizes:
+        filled += size
+        if filled >= _SUB_GROUP:
+            yield filled
+            filled = 0
+    if filled:
+        yield filled
 
 
 def _ceil(numerator: int, denominator: int) -> int:

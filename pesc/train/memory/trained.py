@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pesc.errors import ModelError, RecipeError
+from pesc.errors import ModelError
 from pesc.moe.config import PescConfig
 from pesc.train.config import TrainConfig, full_rates
 from pesc.train.memory.shapes import ModelShape
@@ -19,19 +19,19 @@ class TrainedTensor:
     """One parameter that the optimizer updates."""
 
     group: str
-    """lora, bank or router."""
+    """lora, bank, router or dense."""
     numel: int
     part: str
-    """What its learning rate goes by: lora_A, lora_B, bank or router."""
+    """What its learning rate goes by: lora_A, lora_B, bank, router or dense."""
 
 
 def trained_tensors(shape: ModelShape, block: PescConfig | None, config: TrainConfig) -> tuple[TrainedTensor, ...]:
     """In the model's order.  block: the sparse layers' shape; None for the dense control.
 
-    Raises ModelError for a LoRA target that the model does not have, RecipeError for a method that trains the whole model.
+    Raises ModelError for a LoRA target that the model does not have.
     """
     if config.method == "upcycle-full":
-        raise RecipeError("The memory of method upcycle-full is not modelled: choose an arm with method pesc, qlora or lora.")
+        return tuple(_of_whole_model(shape, block.num_experts if block else 1))
     if missing := [name for name in config.lora.targets if name not in shape.projections]:
         raise ModelError(
             f"lora.targets names {missing[0]!r}, but the model has no such projection; there are: {', '.join(shape.projections)}."
@@ -54,6 +54,19 @@ def _of_layer(shape: ModelShape, block: PescConfig | None, config: TrainConfig, 
     if block.shared_adapter_dim:
         for _ in ("shared_down", "shared_up"):
             yield TrainedTensor("bank", block.shared_adapter_dim * shape.hidden, "bank")
+
+
+def _of_whole_model(shape: ModelShape, experts: int) -> Iterator[TrainedTensor]:
+    """A Mixtral: attention, norms and embeddings, and each layer's FFNs stacked in two tensors."""
+    attention = [
+        inputs * outputs for name, (inputs, outputs) in shape.projections.items() if name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    ]
+    for _ in range(shape.layers):
+        yield from (TrainedTensor("dense", numel, "dense") for numel in attention)
+        yield TrainedTensor("router", experts * shape.hidden, "router")
+        yield TrainedTensor("bank", experts * 2 * shape.ffn * shape.hidden, "bank")
+        yield TrainedTensor("bank", experts * shape.hidden * shape.ffn, "bank")
+    yield from (TrainedTensor("dense", numel, "dense") for numel in shape.other_sizes)
 
 
 def count_parameters(tensors: tuple[TrainedTensor, ...]) -> dict[str, int]:
