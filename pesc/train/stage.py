@@ -37,18 +37,22 @@ from pesc.train.blocks import PackedBlocks
 from pesc.train.config import TrainConfig
 from pesc.train.heartbeat import Watchdog
 from pesc.train.job import Job, RankError, read_errors, read_status
+from pesc.train.memory.check import check_fits, read_run
+from pesc.train.memory.need import Run
 from pesc.train.order import count_steps
 from pesc.train.trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 _LOG_NAME = "log.txt"
+_LOOKED_AT = 16
+"""Packed blocks whose length is looked at: all but the last few are of one length."""
 _SHUTDOWN_SECONDS = 15  # torchrun waits so long for the ranks to save; below the supervisor's own grace time
 
 
 def build(ctx: StageContext) -> BuildResult:
     """Train `inputs["model"]` on `inputs["blocks"]`.
 
-    Raises TrainingFailedError and its kin (an error of the run, out of memory, hung, no room, RankKilledError), InterruptedStageError (a
+    Raises TrainingFailedError and its kin (an error of the run, out of memory or sure to be, hung, no room, RankKilledError), InterruptedStageError (a
     stop file), PreemptedError (the ranks were told to stop from outside; PeerLostError: another machine is gone).  The checkpoints are
     kept and another run continues; after a lost process or machine this one does, `execution.restarts` times.
     """
@@ -59,6 +63,7 @@ def build(ctx: StageContext) -> BuildResult:
     if device == "cpu" and ctx.config.compute_dtype == "bfloat16" and (warning := slow_bfloat16_sentence("train.compute_dtype")):
         logger.warning(warning)
     job, layout = _make_job(ctx, device), checkpoints.Layout(world_size, ctx.execution.zero_stage)
+    check_fits(ctx.address, _planned(job), ctx.execution, world_size, per_node)
     return run_attempts(lambda number: _attempt(ctx, job, layout, per_node, is_first=number == 0), ctx.execution)
 
 
@@ -126,6 +131,13 @@ def _make_job(ctx: StageContext, device: str) -> Job:
     steps = count_steps(len(blocks), config.global_batch_size, config.epochs, config.max_steps)
     level = logging.getLogger("pesc").getEffectiveLevel()
     return Job(ctx.address, config, ctx.execution, ctx.inputs["model"], ctx.inputs["blocks"], ctx.work, device, steps, level)
+
+
+def _planned(job: Job) -> Run | None:
+    """The run as the memory planner knows it."""
+    blocks = PackedBlocks(job.blocks)
+    longest = max(len(blocks[number]["input_ids"]) for number in range(min(len(blocks), _LOOKED_AT)))
+    return read_run(job.model, job.config, longest, job.device)
 
 
 def _prepare_workspace(job: Job, layout: checkpoints.Layout, is_first: bool) -> None:

@@ -70,7 +70,8 @@ def activation_bytes(shape: ModelShape, block: PescConfig | None, config: TrainC
 def kept_bytes(shape: ModelShape, block: PescConfig | None, config: TrainConfig, batch: Batch, checkpointing: str) -> int:
     """What is there when the forward pass has ended, without the loss's part."""
     inputs = batch.tokens * shape.hidden * dtype_bytes(config)
-    total = 4 * batch.tokens * shape.hidden  # the last norm
+    total = 4 * batch.tokens * (shape.hidden + 1)  # the last norm
+    total += inputs if config.method == "upcycle-full" else 0  # and its result, for its weight
     for layer in range(shape.layers):
         total += inputs if _is_checkpointed(layer, checkpointing) else _layer_bytes(shape, block, config, batch, layer)
     return total

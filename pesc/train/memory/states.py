@@ -112,11 +112,12 @@ def state_bytes(shape: ModelShape, tensors: tuple[TrainedTensor, ...], config: T
 
 
 def _sharded_bytes(shape: ModelShape, tensors: tuple[TrainedTensor, ...], config: TrainConfig, ranks: int) -> StateBytes:
-    """ZeRO-3: of every tensor, trained or frozen, this rank's part; those of at most `PERSISTENT` elements are kept whole beside it."""
+    """ZeRO-3: of every tensor, trained or frozen, this rank's part; those of at most `PERSISTENT` elements are kept gathered beside it."""
     size = dtype_bytes(config)
 
     def held(elements: int) -> int:
-        return size * (_ceil(elements, ranks) + (elements if elements <= PERSISTENT else 0))
+        part = _ceil(elements, ranks)
+        return size * part * (1 + (ranks if elements <= PERSISTENT and ranks > 1 else 0))
 
     base = sum(held(elements) + beside for elements, beside in frozen_tensors(shape, config))
     weights: dict[str, int] = {}
