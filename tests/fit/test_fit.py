@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
 from pesc.errors import RecipeError
 from pesc.fit.devices import DEVICES, parse_gpus
@@ -16,10 +17,15 @@ from pesc.fit.planner import Question, base_shape, count_tokens, fit_recipe
 from pesc.fit.speed import flops_per_token, tokens_per_second
 from pesc.fit.table import as_json, print_fits, verdict_of
 from pesc.moe.config import PescConfig
-from pesc.recipe import load_recipe
+from pesc.plan import Selection
+from pesc.recipe import Recipe, load_recipe
+from pesc.run import run_recipe
+from pesc.stage import BuildResult
+from pesc.store import Store
 from pesc.train.config import TrainConfig
 from pesc.train.memory.need import Layout, Run, largest_micro_batch, need_of, usable_bytes
 from pesc.train.memory.shapes import KNOWN_BASES
+from tests import fake_stages
 
 PESC = [sys.executable, "-m", "pesc.cli", "fit"]
 
@@ -169,6 +175,23 @@ def test_tokens_are_whole_steps():
     assert 0 <= tokens - 520_000 * 400 < 128 * 2048
     assert "guess" in source
     assert count_tokens(load_recipe("camelidae-8x7b", ["train.max_steps=3"]), None, 10**9)[0] == 3 * 128 * 2048
+
+
+def test_what_the_store_has_is_read_and_not_guessed(tmp_path, monkeypatch):
+    """The base's config.json as it was downloaded, and the blocks that tokenize made."""
+
+    def build(ctx):
+        (ctx.out / "config.json").write_text(json.dumps(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3).to_dict()))
+        return BuildResult(metrics={"blocks": 300})
+
+    fake_stages.install(monkeypatch)
+    monkeypatch.setattr(fake_stages, "build", build)
+    recipe, store = Recipe.model_validate(fake_stages.tiny_recipe_dict(tmp_path)), Store(tmp_path / "store")
+    with pytest.raises(RecipeError, match="is not known before it is downloaded"):
+        base_shape(recipe, store, None, None)
+    run_recipe(recipe, store, Selection(until=("tokenize",)))
+    assert (base_shape(recipe, store, None, None).hidden, base_shape(recipe, store, None, None).layers) == (64, 3)
+    assert count_tokens(recipe, store, None) == (3 * 128 * recipe.tokenize.context_length, "the tokenized mixture")
 
 
 # ---- the command
