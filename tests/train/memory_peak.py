@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pesc.bench.models import STEP_SHAPES, random_model, widened
-from pesc.bench.step import StepSettings, packed_batch
+from pesc.bench.step import StepSettings, packed_batch, uses_flash
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.config import PescConfig
 from pesc.stage import Execution
@@ -67,7 +67,7 @@ def measure(case: dict) -> int:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=make_config(config, execution, 1, device))
     settings = StepSettings(sequence=case["sequence"], micro_batch=case["micro_batch"], dtype=torch.bfloat16, device=device)
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in packed_batch(model.config.vocab_size, settings).items()}
-    share = torch.full((), 1 / batch["supervised"], device=device)
+    share = torch.tensor(1.0 / batch["supervised"], device=device)
     for _ in range(2):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -86,18 +86,19 @@ def measure(case: dict) -> int:
 
 
 def score(engine: Any, head: Any, batch: dict, share: torch.Tensor) -> torch.Tensor:
-    arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "logits_to_keep": batch["kept_K"]}
-    with head.scoring(batch["rows_N"], batch["targets_N"], share):
-        return head.loss_of(engine(**arguments, use_cache=False))
+    """The loss as the trainer makes it."""
+    from pesc.train.packed_rows import model_inputs, rows_told
+
+    with head.scoring(batch["rows_N"], batch["targets_N"], share), rows_told(batch["packed"]):
+        return head.loss_of(engine(**model_inputs(batch), logits_to_keep=batch["kept_K"], use_cache=False))
 
 
 def plan(case: dict) -> int:
-    from pesc.train.modeling import pick_attention
-
     fields = {**STEP_SHAPES[case["shape"]], "num_hidden_layers": case["layers"]}
-    flash = pick_attention(case["device"]) == "flash_attention_2"
     config = TrainConfig.model_validate(case["config"])
-    run = Run(shape_from_config(fields, case["shape"]), block_of(case), config, case["sequence"], case["device"], flash)
+    run = Run(
+        shape_from_config(fields, case["shape"]), block_of(case), config, case["sequence"], case["device"], uses_flash(case["device"])
+    )
     return need_of(run, Layout(1, 2, case["checkpointing"], case["micro_batch"])).tensors
 
 

@@ -15,6 +15,7 @@ from pesc.train.loss import chunk_rows
 from pesc.train.memory.activations import CHUNK_ELEMENTS, LEAST_ROWS, Batch, activation_bytes, kept_bytes, logits_bytes, recomputed_bytes
 from pesc.train.memory.shapes import KNOWN_BASES, shape_from_config
 from pesc.train.modeling import load_trainable
+from pesc.train.packed_rows import rows_told
 from tests.train.tiny import settings
 
 SIZES: Any = {
@@ -69,7 +70,7 @@ def saved_bytes(folder, config, policy: str) -> int:
         "use_cache": False,
     }
     head = LossHead.of(base)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), rows_told(True):
         if head is None:
             _ = model.model(**batch).last_hidden_state
         else:
