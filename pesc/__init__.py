@@ -7,6 +7,8 @@ Map
     data/         download, dedup, mix, tokenize                         moe/, models/   the sparse layer, upcycle, merge
     train/        the rank program           launch/     processes that never outlive their parent
     evaluate/     lm-eval, sandbox, comparison, report
+    fit/          does a training fit, how long, at what price           devices.py   GPUs: memory, peak rates, prices
+    bench/        measurements of speed and memory, each beside its control
 
 Promises: importing `pesc`, planning, and the command line never import torch. Nothing here imports Prefect, `tasks` or `flows`.
 """

@@ -27,6 +27,10 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)  # no JSON, so no key, for those
 
 
+RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}
+"""Share of the layers' forward passes that the backward pass does again, by `Execution.gradient_checkpointing`."""
+
+
 class Execution(BaseModel):
     """Settings that may not change the bytes: where and how fast a stage runs.  Recorded in the manifest, not in the key."""
 

@@ -29,6 +29,7 @@ from pesc.moe.balance import RouterRecorder
 from pesc.moe.config import PescConfig
 from pesc.moe.layer import sparse_parameters
 from pesc.moe.tuning import export_choices
+from pesc.stage import RECOMPUTED
 
 DENSE = 0
 """The adapter width that stands for the dense control."""
@@ -242,7 +243,7 @@ def flops_per_token(arm: Arm, batch: dict[str, Any], settings: StepSettings) -> 
         trained += layers * config.hidden_size * (settings.experts + 2 * settings.top_k * arm.adapter_dim)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     attention = 4 * layers * width * sum(length**2 / 2 for length in batch["row_lengths"]) / tokens
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[settings.checkpointing]
+    again = RECOMPUTED[settings.checkpointing]
     vocabulary = 4 * config.vocab_size * config.hidden_size * batch["supervised"] / tokens
     return (4 + 2 * again) * frozen + (6 + 2 * again) * trained + (3.5 + again) * attention + vocabulary
 

@@ -40,8 +40,8 @@ def fit(
     """Say whether training fits these GPUs, with which settings, how long it takes and what it costs.  Starts nothing, needs no GPU."""
     import json
 
+    from pesc.devices import parse_gpus
     from pesc.fit import table
-    from pesc.fit.devices import parse_gpus
     from pesc.fit.planner import Question, base_shape, count_tokens, fit_recipe
 
     for name, value in (("--tokens", tokens), ("--tokens-per-second", tokens_per_second)):

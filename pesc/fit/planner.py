@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pesc.devices import DEVICES, Device
 from pesc.errors import RecipeError
-from pesc.fit.devices import DEVICES, Device
 from pesc.fit.speed import ROW_TOKENS, Speed, speed_of, tokens_per_second
 from pesc.recipe import Recipe
 from pesc.store import Store

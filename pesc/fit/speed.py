@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pesc.fit.devices import Device
+from pesc.devices import Device
+from pesc.stage import RECOMPUTED
 from pesc.train.memory.need import Layout, Run
 from pesc.train.memory.states import dtype_bytes
 from pesc.train.memory.trained import count_parameters
@@ -24,7 +25,6 @@ BETWEEN_NODES, NODE = 0.92, 8
 """Published share of the rate that is left beyond one node of eight GPUs."""
 ROW_TOKENS, SUPERVISED = 400, 0.6
 """Mean tokens of a row, and the share of them that is learned, where the data is not tokenized yet."""
-_RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Speed:
 
 def flops_per_token(run: Run, checkpointing: str) -> float:
     """See the module's head."""
-    shape, counts, again = run.shape, count_parameters(run.tensors), _RECOMPUTED[checkpointing]
+    shape, counts, again = run.shape, count_parameters(run.tensors), RECOMPUTED[checkpointing]
     active = counts.get("lora", 0) + counts.get("router", 0) + counts.get("dense", 0)
     if run.block and (bank := counts.get("bank", 0)):
         everyone = 2 * run.block.shared_adapter_dim * shape.hidden * shape.layers
@@ -57,7 +57,7 @@ def seconds_per_micro_batch(run: Run, layout: Layout, device: Device, utilisatio
     """One micro-batch of one GPU: its FLOPs, and the base out of NF4 once a pass."""
     tokens = layout.micro_batch * run.sequence
     computing = tokens * flops_per_token(run, layout.checkpointing) / (device.tflops * 1e12 * utilisation)
-    passes = 2 + _RECOMPUTED[layout.checkpointing]
+    passes = 2 + RECOMPUTED[layout.checkpointing]
     unpacked = run.shape.linear_parameters * (0.516 + dtype_bytes(run.config)) if run.config.quantization == "nf4" else 0
     gathering = 0.0
     if layout.zero_stage == 3 and layout.ranks > 1:

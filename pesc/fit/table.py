@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pesc.fit.devices import PRICES_OF
+from pesc.devices import PRICES_OF
 from pesc.fit.planner import ArmFit, Option, Question
 from pesc.fit.speed import UTILISATION
 from pesc.train.memory.need import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, and what share of the device's peak it is.
+"""Arithmetic of a training step: what the model's share of a device's peak (`pesc.devices`) is counted by.
 
 Multiplications and additions of the products of weights and activations; a weight of a linear map costs a token 2 in the forward pass,
 2 for the gradient of its input and, where it is trained, 2 for its own.  Recomputed activations cost another 2 and count for the
@@ -12,14 +12,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-TERA = 1e12
-PEAK_BF16 = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312,
-    "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "RTX A6000": 155, "RTX 4090": 165,
-    "RTX 3090": 71,
-}  # fmt: skip
-"""TFLOP/s of dense bf16 products with fp32 sums, from the makers' data sheets."""
-
 
 @dataclass(frozen=True)
 class TokenCost:
@@ -29,15 +21,11 @@ class TokenCost:
     hardware: float
 
 
-RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of the forward pass that the backward pass does again, by `execution.gradient_checkpointing`."""
-
-
 def cost_of_token(model: nn.Module, top_k: int, num_experts: int, recomputed: float) -> TokenCost:
     """The cost, before ZeRO-3 takes the weights apart.
 
     top_k, num_experts: share of the stacked expert weights [E, …] that a token meets; 1 and 1 for a dense model.
-    recomputed: share of the forward pass that is done twice, as in RECOMPUTED.
+    recomputed: share of the forward pass that is done twice, `pesc.stage.RECOMPUTED`.
     """
     frozen = trained = 0.0
     for name, module in model.named_modules():
@@ -56,10 +44,3 @@ def cost_of_token(model: nn.Module, top_k: int, num_experts: int, recomputed: fl
     forward = 2 * (frozen + trained)
     cost = 4 * frozen + 6 * trained
     return TokenCost(cost, cost + recomputed * forward)
-
-
-def peak_of(device_name: str) -> float | None:
-    """FLOP/s of a GPU in bf16 by its name, None for one that is not in the table.  The longest name that fits counts."""
-    words = device_name.replace("-", " ").split()
-    fitting = [name for name in PEAK_BF16 if all(word in words for word in name.split())]
-    return PEAK_BF16[max(fitting, key=len)] * TERA if fitting else None

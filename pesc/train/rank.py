@@ -205,7 +205,8 @@ def _watch(rank: int, job: Job, model: Any) -> Any:
     """Who notes the run's events."""
     from pesc.models import mixtral
     from pesc.moe.router import find_routers
-    from pesc.train.flops import RECOMPUTED, cost_of_token
+    from pesc.stage import RECOMPUTED
+    from pesc.train.flops import cost_of_token
     from pesc.train.watch import RunWatch
 
     routers = mixtral.find_routers(model) if job.config.method == "upcycle-full" else find_routers(model)

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from pesc.train.flops import TokenCost, peak_of
+from pesc.devices import peak_of
+from pesc.train.flops import TokenCost
 from pesc.train.job import Job
 from pesc.train.trackers import Trackers, flatten_line
 

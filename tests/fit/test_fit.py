@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
+from pesc.devices import DEVICES, parse_gpus
 from pesc.errors import RecipeError
-from pesc.fit.devices import DEVICES, parse_gpus
 from pesc.fit.planner import Question, base_shape, count_tokens, fit_recipe
 from pesc.fit.speed import flops_per_token, tokens_per_second
 from pesc.fit.table import as_json, print_fits, verdict_of

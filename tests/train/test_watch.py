@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from pesc.train.flops import cost_of_token, peak_of
+from pesc.devices import peak_of
+from pesc.train.flops import cost_of_token
 from pesc.train.watch import append_event, summarize_experts
 
 
