@@ -193,7 +193,9 @@ def is_full_disk(error: BaseException) -> bool:
     """Whether an error of writing means that the disk is full.  torch's writer says so in its own words, or not at all."""
     if isinstance(error, OSError):
         return error.errno in _FULL
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "unexpected pos", "enforce fail"))
+    words = str(error)
+    is_writer = any(sign in words for sign in ("PytorchStreamWriter", "unexpected pos", "enforce fail"))
+    return isinstance(error, RuntimeError) and is_writer and "allocate memory" not in words
 
 
 def no_room(root: Path, step: int, address: str) -> CheckpointSpaceError:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from pesc.errors import TrainingFailedError
-from pesc.train.checkpoints import MARKER, Layout, checkpoint_path, clean, find_complete, mark_complete, require_same_layout
+from pesc.train.checkpoints import MARKER, Layout, checkpoint_path, clean, find_complete, is_full_disk, mark_complete, require_same_layout
 
 LAYOUT = Layout(world_size=2, zero_stage=2)
 
@@ -49,3 +51,17 @@ def test_another_layout_is_refused_with_both_ways_out(tmp_path):
     assert "train[pesc] has a checkpoint at step 40 written with 2 ranks and ZeRO 2, which 1 rank and ZeRO 3 cannot continue" in sentence
     assert "execution.zero_stage=2" in sentence
     assert f"delete {tmp_path}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file data/7"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), False),
+        (ValueError("PytorchStreamWriter"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_trouble(error, full):
+    assert is_full_disk(error) is full
