@@ -63,6 +63,11 @@ class Execution(BaseModel):
         default=8, ge=1, description="Optimizer steps in which everything declared trainable must have got a gradient, or the run stops."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept; more survive more damage.")
+    grace_seconds: int = Field(
+        default=15,
+        ge=1,
+        description="Seconds that the ranks have to end their step and save when they are told to stop. At most what the scheduler grants.",
+    )
     hang_seconds: float = Field(
         default=1800.0, gt=0, description="A rank that finishes no micro-batch for so long is taken for hung, and the run is ended."
     )

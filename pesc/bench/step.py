@@ -98,9 +98,14 @@ class Arm:
 
     @property
     def own_bytes(self) -> int:
-        """What this arm alone keeps between steps: trained weights and the optimizer's states."""
+        """What this arm alone keeps between steps: trained weights and the optimizer's states, without paged ones (no memory of torch's)."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        states = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and not getattr(value, "is_paged", False)
+        ]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*trained, *states))
 
 
@@ -116,6 +121,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
             if turn:  # the first warms up, and makes the optimizer's states
                 arm.seconds.append(seconds)
                 arm.peaks.append(memory.peak() - sum(other.own_bytes for other in arms if other is not arm))
+            arm.optimizer.zero_grad(set_to_none=True)  # not in the next arm's peak
     flops = [flops_per_token(arm, batch, settings) for arm in arms]
     rows = []
     for arm, arm_flops in zip(arms, flops, strict=True):

@@ -39,10 +39,11 @@ def fit(
 ) -> None:
     """Say whether training fits these GPUs, with which settings, how long it takes and what it costs.  Starts nothing, needs no GPU."""
     import json
+    import math
 
     from pesc.devices import parse_gpus
     from pesc.fit import table
-    from pesc.fit.planner import Question, base_shape, count_tokens, fit_recipe
+    from pesc.fit.planner import Question, base_shape, count_blocks, fit_recipe
 
     for name, value in (("--tokens", tokens), ("--tokens-per-second", tokens_per_second)):
         if value is not None and not 0 < value < float("inf"):
@@ -51,7 +52,7 @@ def fit(
     loaded, root = load_recipe(recipe, overrides or ()), store or store_root()
     place = Store(root) if root.is_dir() else None
     dense = base_shape(loaded, place, shape, model)
-    count, source = count_tokens(loaded, place, int(tokens) if tokens else None)
+    count, source = count_blocks(loaded, place, math.ceil(tokens) if tokens else None)
     question = Question(device, gpus, count, source, tokens_per_second, price)
     fits = fit_recipe(loaded, dense, question, tuple(arm or ()))
     if as_json:

@@ -11,6 +11,7 @@ from pesc.errors import RecipeError
 from pesc.fit.speed import ROW_TOKENS, Speed, speed_of, tokens_per_second
 from pesc.recipe import Recipe
 from pesc.store import Store
+from pesc.train.config import TrainConfig
 from pesc.train.memory.need import (
     Layout,
     Need,
@@ -23,7 +24,7 @@ from pesc.train.memory.need import (
     usable_bytes,
 )
 from pesc.train.memory.shapes import KNOWN_BASES, ModelShape, known_shape, read_shape, unknown_shape
-from pesc.train.order import count_steps
+from pesc.train.order import check_batch, count_steps
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -43,6 +44,8 @@ class ArmFit:
 
     arm: str
     run: Run
+    tokens: int
+    """Of all its steps."""
     usable: int
     """Bytes that one GPU's plan may have."""
     as_set: Option
@@ -65,9 +68,9 @@ class Question:
 
     device: Device
     gpus: int
-    tokens: int
-    """Tokens of training, all steps."""
-    tokens_from: str
+    blocks: int
+    """Packed blocks of an epoch."""
+    blocks_from: str
     """Where that number is from."""
     measured: float | None = None
     price: float | None = None
@@ -91,21 +94,23 @@ def base_shape(recipe: Recipe, store: Store | None, shape: str | None, model: Pa
     raise unknown_shape(uri)
 
 
-def count_tokens(recipe: Recipe, store: Store | None, given: int | None) -> tuple[int, str]:
-    """Tokens of training, and where the number is from: --tokens, the tokenized mixture, or rows times a guess."""
-    context, config = recipe.tokenize.context_length, recipe.train
+def count_blocks(recipe: Recipe, store: Store | None, given: int | None) -> tuple[int, str]:
+    """Packed blocks of an epoch, and where the number is from: --tokens, the tokenized mixture, or rows times a guess."""
+    context = recipe.tokenize.context_length
     if given:
-        blocks, source = -(-given // context), "--tokens, of an epoch"
-    elif store and (found := _built(recipe, store, "tokenize")):
-        blocks, source = int(found[1]["blocks"]), "the tokenized mixture"
-    else:
-        rows = recipe.mix.total or 0
-        if not rows:
-            raise RecipeError(
-                "How many tokens an epoch has is not known before `pesc run RECIPE --until tokenize`: give --tokens, such as --tokens 200e6."
-            )
-        blocks, source = -(-rows * ROW_TOKENS // context), f"{rows:,} rows of {ROW_TOKENS} tokens, a guess (--tokens)"
-    return count_steps(blocks, config.global_batch_size, config.epochs, config.max_steps) * config.global_batch_size * context, source
+        return -(-given // context), "--tokens, of an epoch"
+    if store and (found := _built(recipe, store, "tokenize")):
+        return int(found[1]["blocks"]), "the tokenized mixture"
+    if not (rows := recipe.mix.total or 0):
+        raise RecipeError(
+            "How many tokens an epoch has is not known before `pesc run RECIPE --until tokenize`: give --tokens, such as --tokens 200e6."
+        )
+    return -(-rows * ROW_TOKENS // context), f"{rows:,} rows of {ROW_TOKENS} tokens, a guess (--tokens)"
+
+
+def count_tokens(config: TrainConfig, blocks: int, context: int) -> int:
+    """Tokens of all steps of a run over so many blocks an epoch."""
+    return count_steps(blocks, config.global_batch_size, config.epochs, config.max_steps) * config.global_batch_size * context
 
 
 def _built(recipe: Recipe, store: Store, address: str) -> tuple[Path, dict] | None:
@@ -130,13 +135,15 @@ def _fit_arm(recipe: Recipe, shape: ModelShape, question: Question, arm: str) ->
             f"train.global_batch_size is {config.global_batch_size}, which {question.gpus} GPUs cannot share evenly: add "
             f"train.global_batch_size={-(-config.global_batch_size // question.gpus) * question.gpus} to the command."
         )
+    check_batch(config, question.gpus)
+    tokens = count_tokens(config, question.blocks, recipe.tokenize.context_length)
     run = Run(shape, recipe.upcycle_of(arm).block() if is_sparse else None, config, recipe.tokenize.context_length)
     usable, execution = usable_bytes(question.device.memory), recipe.execution
     layout = Layout(question.gpus, execution.zero_stage, execution.gradient_checkpointing, config.micro_batch_size)
     best = _fastest(run, question, usable)
     return ArmFit(
-        arm, run, usable, _option(run, layout, question), largest_micro_batch(run, layout, usable),
-        _option(run, best, question) if best else None, () if best else tuple(_devices_that_do(run, question)),
+        arm, run, tokens, usable, _option(run, layout, question, tokens), largest_micro_batch(run, layout, usable),
+        _option(run, best, question, tokens) if best else None, () if best else tuple(_devices_that_do(run, question)),
     )  # fmt: skip
 
 
@@ -149,8 +156,8 @@ def _fastest(run: Run, question: Question, usable: int) -> Layout | None:
     return None
 
 
-def _option(run: Run, layout: Layout, question: Question) -> Option:
-    speed = speed_of(run, layout, question.device, question.tokens, question.measured, question.price)
+def _option(run: Run, layout: Layout, question: Question, tokens: int) -> Option:
+    speed = speed_of(run, layout, question.device, tokens, question.measured, question.price)
     return Option(layout, need_of(run, layout), speed)
 
 

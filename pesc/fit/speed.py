@@ -3,7 +3,7 @@
     FLOPs a token = (4 + 2·c)·P + (6 + 2·c)·trained + (3.5 + c)·4·L·A·row/2 + 4·V·H·s        as `pesc bench step` counts them
 
 P frozen projections, c the recomputed share of the layers, L layers, A attention width, row the mean length of a packed row, s the
-supervised share.  Trained: LoRA, router, and the bank (K of its E adapters, or all where dispatch is dense).
+supervised share.  Trained: LoRA, router, and K of the bank's E adapters.
 """
 
 from __future__ import annotations

@@ -33,12 +33,13 @@ def as_json(recipe: str, fits: Sequence[ArmFit], question: Question) -> dict[str
     """Everything, in bytes, seconds and dollars."""
     device = {"name": question.device.name, "count": question.gpus, "memory": question.device.memory}
     arms = {fit.arm: _arm_json(fit) for fit in fits}
-    return {"recipe": recipe, "device": device, "tokens": question.tokens, "tokens_from": question.tokens_from, "arms": arms}
+    return {"recipe": recipe, "device": device, "blocks": question.blocks, "blocks_from": question.blocks_from, "arms": arms}
 
 
 def _arm_json(fit: ArmFit) -> dict[str, Any]:
     return {
         "method": fit.run.config.method,
+        "tokens": fit.tokens,
         "trained": count_parameters(fit.run.tensors),
         "usable_bytes": fit.usable,
         "fits": fit.fits,
@@ -75,6 +76,7 @@ def rows_of(fit: ArmFit) -> list[Row]:
         *(row(_NAMES.get(name, name), [_gigabytes(group.get(name, 0)) for group in groups]) for name in names),
         row("in all, a GPU", [_gigabytes(option.need.total) for option in options]),
         row("left", [_gigabytes(fit.usable - option.need.total) for option in options]),
+        row("tokens of the run", [f"{fit.tokens / 1e6:,.1f} M"] * len(options)),
         row("tokens/s, all GPUs", [_range(option.speed.tokens_per_second, ",.0f") for option in options]),
         row("hours", [_range(option.speed.hours, ",.1f" if option.speed.hours[0] >= 1 else ".2g") for option in options]),
         row("US dollars", [_range(option.speed.dollars, ",.0f") for option in options]),
@@ -136,7 +138,7 @@ def notes_of(fits: Sequence[ArmFit], question: Question) -> Iterator[str]:
         )
     if question.price is None:
         yield f"Prices: typical on-demand clouds, {PRICES_OF}, {_range(question.device.price, 'g')} dollars a GPU and hour (--price)."
-    yield f"Tokens of the run: {question.tokens:,}, from {question.tokens_from}; whole blocks, all epochs."
+    yield f"Blocks of an epoch: {question.blocks:,}, from {question.blocks_from}."
 
 
 def print_fits(recipe: str, fits: Sequence[ArmFit], question: Question, console: Console | None = None) -> None:

@@ -30,5 +30,5 @@ def launch(
     from pesc.launch.hostfile import read_hostfile, run_everywhere, settings_for
 
     machines = read_hostfile(hostfile)
-    argv = [*shlex.split(command), "run", recipe, *(overrides or ()), *settings_for(machines, port), "--until", until]
+    argv = ["env", "TERM=dumb", *shlex.split(command), "run", recipe, *(overrides or ()), *settings_for(machines, port), "--until", until]
     run_everywhere(machines, argv, ssh, lambda line: print(line, flush=True))

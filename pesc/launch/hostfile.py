@@ -45,6 +45,8 @@ def read_hostfile(path: Path) -> list[Machine]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise RecipeError(f"The hostfile {path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError:
+        raise RecipeError(f"The hostfile {path} is not a text file: write one machine a line, NAME slots=N.") from None
     machines = []
     for number, line in enumerate(lines, 1):
         if not (text := line.partition("#")[0].strip()):

@@ -42,7 +42,29 @@ def find_place(host: str, port: int) -> Place:
             address = probe.getsockname()[0]
     except OSError:
         return Place(None, None)
-    return Place(address, None if ipaddress.ip_address(address).is_loopback else address == target[0])
+    if not ipaddress.ip_address(address).is_loopback:
+        return Place(address, address == target[0])
+    if host == "localhost" or _is_address(host):
+        return Place(address, None)
+    return Place(_outward_address(), True)  # only this machine calls itself so by a loopback address (Debian's 127.0.1.1)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _outward_address() -> str | None:
+    """This machine's address towards everything else, None where it has no route."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # an address of documentation: nobody has it, and nothing is sent
+            return probe.getsockname()[0]
+    except OSError:
+        return None
 
 
 def interface_environment(interface: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

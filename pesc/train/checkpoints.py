@@ -134,13 +134,19 @@ def set_aside_damaged(root: Path, address: str) -> None:
     complete = find_complete(root)
     while complete and (damage := find_damage(complete[-1])):
         bad = complete.pop()
-        aside = bad.path.with_name(f"corrupt-{bad.path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(bad.path, aside)
+        aside = set_aside(bad, "corrupt")
         instead = f"the one at step {complete[-1].step} is tried" if complete else "training begins anew"
         logger.warning(
             "%s: the checkpoint at step %d is damaged (%s) and was set aside as %s; %s instead.", address, bad.step, damage, aside, instead
         )
+
+
+def set_aside(checkpoint: Checkpoint, why: str) -> Path:
+    """Rename a checkpoint to `<why>-checkpoint-<step>`, in the place of an earlier one of that name; returns where it is."""
+    aside = checkpoint.path.with_name(f"{why}-{checkpoint.path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint.path, aside)
+    return aside
 
 
 def clean(root: Path, keep: int | None = None) -> None:
@@ -163,6 +169,16 @@ def require_same_layout(checkpoint: Checkpoint, layout: Layout, address: str) ->
         f"execution.zero_stage={old.zero_stage} and execution.num_processes set for {old.world_size} in all, or delete {checkpoint.path.parent} "
         "to train from the start."
     )
+
+
+def require_rank(checkpoint: Checkpoint, rank: int, address: str) -> None:
+    """Raises TrainingFailedError when this machine's part of a checkpoint is of other ranks than it has now."""
+    ranks = sorted(int(path.stem.rpartition("_")[2]) for path in checkpoint.path.glob("dispatch_*.json"))
+    if ranks and rank not in ranks:
+        raise TrainingFailedError(
+            f"{address}: {checkpoint.path} has the parts of ranks {', '.join(map(str, ranks))}, but this machine now runs rank {rank}: give each "
+            "machine the store that it had (ranks follow the order of the machines' addresses), or a disk that all of them share."
+        )
 
 
 # ---- room on the disk

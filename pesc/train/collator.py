@@ -12,6 +12,8 @@ the training step never waits for the device to learn it.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pesc.launch.guard import die_with_parent
 from pesc.train.blocks import PackedBlocks
 from pesc.train.order import BlockOrder
 from pesc.train.packed_rows import describe_rows
@@ -103,4 +106,14 @@ def loading(device: str, micro_batches: int) -> dict[str, Any]:
     """
     if device != "cuda":
         return {}
-    return {"num_workers": 1, "prefetch_factor": max(2, micro_batches), "pin_memory": True, "multiprocessing_context": "fork"}
+    return {
+        "num_workers": 1, "prefetch_factor": max(2, micro_batches), "pin_memory": True, "multiprocessing_context": "fork",
+        "worker_init_fn": begin_worker,
+    }  # fmt: skip
+
+
+def begin_worker(_number: int) -> None:
+    """In the loading process: signals to the group are for the rank, which still has a step to end; when the rank dies, this one does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(os.getppid(), signal.SIGKILL)

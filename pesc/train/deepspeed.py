@@ -45,7 +45,8 @@ def configs_by_arm(arms: Mapping[str, TrainConfig], execution: Execution) -> dic
 
     Raises RecipeError when the ranks cannot share an arm's batch.  Imports no torch.
     """
-    from pesc.train.stage import check_batch, choose_processes, count_gpus
+    from pesc.train.order import check_batch
+    from pesc.train.stage import choose_processes, count_gpus
 
     if execution.num_processes:  # said, so that it does not matter which machine is asked
         per_node, gpus = execution.num_processes, count_gpus(os.environ) if execution.device == "auto" else execution.device == "cuda"

@@ -86,7 +86,14 @@ class Job:
     @property
     def run_id(self) -> str:
         """A name of the run, equal on all its machines: what it trains, not where."""
-        told = [self.address, self.config.model_dump_json(), str(self.steps), str(self.execution.num_nodes)]
+        told = [
+            self.address,
+            self.config.model_dump_json(),
+            str(self.steps),
+            str(self.execution.num_nodes),
+            self.model.name,
+            self.blocks.name,
+        ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
     def write(self) -> Path:

@@ -16,6 +16,21 @@ from functools import lru_cache
 
 import numpy as np
 
+from pesc.errors import RecipeError
+from pesc.train.config import TrainConfig
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Raises RecipeError when the global batch cannot be dealt evenly, with the sizes that can."""
+    unit = config.micro_batch_size * world_size
+    if config.global_batch_size % unit:
+        below, above = config.global_batch_size // unit * unit, -(-config.global_batch_size // unit) * unit
+        near = f"{below} or {above}" if below else str(above)
+        raise RecipeError(
+            f"train.global_batch_size is {config.global_batch_size}, which {world_size} ranks with micro-batches of {config.micro_batch_size} cannot "
+            f"share evenly: make it {near}, or change execution.num_processes or train.micro_batch_size."
+        )
+
 
 def count_steps(num_blocks: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:
     """Optimizer steps of a run: enough to read `epochs` times everything, at most `max_steps`, at least one."""

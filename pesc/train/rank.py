@@ -77,7 +77,9 @@ def _train(job: Job, rank: int, heartbeat: Heartbeat) -> None:
         trainer.history.load(checkpoint)
         adopt_choices(checkpoints.read_dispatch(checkpoint, rank))
         logger.info("%s continues after step %d", job.address, resumed_at)
-    trainer.events.start(resumed_at, world_size=trainer.args.world_size, zero_stage=job.execution.zero_stage, address=job.address)
+    trainer.events.start(
+        resumed_at, device=job.device, world_size=trainer.args.world_size, zero_stage=job.execution.zero_stage, address=job.address
+    )
     trained_from = time.monotonic()
     trainer.train(resume_from_checkpoint=str(job.checkpoints / f"checkpoint-{resumed_at}") if resumed_at else None)
     measured = {
@@ -196,9 +198,30 @@ def _resume_point(trainer: Any) -> int:
         everywhere = [set()] * trainer.args.world_size
         distributed.all_gather_object(everywhere, set(found))
     step = max(set.intersection(*everywhere), default=0)
+    _leave_newer(trainer, found, step)
     if step:
         checkpoints.require_same_layout(found[step], trainer.layout, trainer.job.address)
+        checkpoints.require_rank(found[step], trainer.args.process_index, trainer.job.address)
     return step
+
+
+def _leave_newer(trainer: Any, found: dict[int, Any], step: int) -> None:
+    """Set aside what this machine alone has of later steps: kept, it would outlive the checkpoints that this run makes."""
+    from torch import distributed
+
+    from pesc.train import checkpoints
+
+    newer = sorted(number for number in found if number > step)
+    if newer and trainer.args.should_save:
+        where = f"continues from step {step}" if step else "begins anew"
+        logger.warning(
+            "%s %s: another machine of the run lacks the checkpoints at steps %s, which this one sets aside.",
+            trainer.job.address, where, ", ".join(map(str, newer)),
+        )  # fmt: skip
+        for number in newer:
+            checkpoints.set_aside(found[number], "unmatched")
+    if trainer.args.world_size > 1:
+        distributed.barrier()
 
 
 def _watch(rank: int, job: Job, model: Any) -> Any:

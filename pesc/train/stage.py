@@ -39,14 +39,14 @@ from pesc.train.heartbeat import Watchdog
 from pesc.train.job import Job, RankError, read_errors, read_status
 from pesc.train.memory.check import check_fits, read_run
 from pesc.train.memory.need import Run
-from pesc.train.order import count_steps
+from pesc.train.order import check_batch, count_steps
 from pesc.train.trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 _LOG_NAME = "log.txt"
 _LOOKED_AT = 16
 """Packed blocks whose length is looked at: all but the last few are of one length."""
-_SHUTDOWN_SECONDS = 15  # torchrun waits so long for the ranks to save; below the supervisor's own grace time
+_MARGIN_SECONDS = 5  # torchrun needs them after the ranks, before the supervisor ends all of it
 
 
 def build(ctx: StageContext) -> BuildResult:
@@ -74,10 +74,12 @@ def _attempt(ctx: StageContext, job: Job, layout: checkpoints.Layout, per_node: 
     place = find_place(*meeting_point(ctx.execution)) if ctx.execution.num_nodes > 1 else None
     outcome = supervise.run(
         build_argv("pesc.train.rank", [str(job.write().resolve())], ctx.execution, per_node, job.run_id, place),
-        env=_rank_environment(job.device, per_node) | interface_environment(place.interface if place else None),
+        env=_rank_environment(job.device, per_node, ctx.execution.grace_seconds)
+        | interface_environment(place.interface if place else None),
         log_path=log_path,
         on_event=lambda event: relay(event, ctx.on_progress),
         pids_dir=job.pids,
+        grace_seconds=ctx.execution.grace_seconds + _MARGIN_SECONDS,
         step=Watchdog(ctx.address, job.heartbeats, job.pids, ctx.execution, log_path, lambda: _kept(job)),
     )
     return _conclude(ctx, job, outcome, log_path)
@@ -113,18 +115,6 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     return sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
 
 
-def check_batch(config: TrainConfig, world_size: int) -> None:
-    """Raises RecipeError when the global batch cannot be dealt evenly, with the sizes that can."""
-    unit = config.micro_batch_size * world_size
-    if config.global_batch_size % unit:
-        below, above = config.global_batch_size // unit * unit, -(-config.global_batch_size // unit) * unit
-        near = f"{below} or {above}" if below else str(above)
-        raise RecipeError(
-            f"train.global_batch_size is {config.global_batch_size}, which {world_size} ranks with micro-batches of {config.micro_batch_size} cannot "
-            f"share evenly: make it {near}, or change execution.num_processes or train.micro_batch_size."
-        )
-
-
 def _make_job(ctx: StageContext, device: str) -> Job:
     blocks = PackedBlocks(ctx.inputs["blocks"])
     config: TrainConfig = ctx.config
@@ -157,13 +147,13 @@ def _prepare_workspace(job: Job, layout: checkpoints.Layout, is_first: bool) -> 
         logger.info("%s continues from the checkpoint at step %d", job.address, complete[-1].step)
 
 
-def _rank_environment(device: str, per_node: int) -> dict[str, str]:
+def _rank_environment(device: str, per_node: int, grace_seconds: int) -> dict[str, str]:
     threads = (
         max(1, len(os.sched_getaffinity(0)) // per_node) if hasattr(os, "sched_getaffinity") else max(1, (os.cpu_count() or 1) // per_node)
     )
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds),
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_DEEPSPEED": "true",
     }

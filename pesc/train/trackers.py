@@ -7,6 +7,7 @@ the run goes on without it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ from pesc.train.job import Job
 logger = logging.getLogger(__name__)
 FOLDER = "tensorboard"
 PROJECT = "pesc"
+_TAG = "pesc.run_id"
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
@@ -61,7 +63,7 @@ class Trackers:
         settings = flatten_settings(self._job)
         if name == "tensorboard":  # its hyper-parameters would be a run of their own at each start
             tracker.writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
-        else:
+        elif not (name == "mlflow" and tracker.active_run.data.params):  # a continued run has them
             tracker.store_init_configuration(settings)
 
     def _attempt(self, name: str, act: Any) -> None:
@@ -81,7 +83,14 @@ def _make(name: str, job: Job) -> Any:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         return tracking.WandBTracker(project, name=job.address, id=job.run_id, resume="allow", dir=str(job.work))
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-    return tracking.MLflowTracker(experiment, run_name=job.address, tags={"pesc.run_id": job.run_id})
+    return tracking.MLflowTracker(experiment, run_name=job.address, tags={_TAG: job.run_id}, run_id=_begun_mlflow_run(experiment, job))
+
+
+def _begun_mlflow_run(experiment: str, job: Job) -> str | None:
+    """The id of the run that an earlier attempt at this one has begun."""
+    mlflow = importlib.import_module("mlflow")
+    found = mlflow.search_runs(experiment_names=[experiment], filter_string=f"tags.`{_TAG}` = '{job.run_id}'", output_format="list")
+    return found[0].info.run_id if found else None
 
 
 def flatten_settings(job: Job) -> dict[str, str | int | float | bool]:

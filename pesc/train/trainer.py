@@ -288,8 +288,13 @@ class PescTrainer(Trainer):
             with checkpoints.room_needed(root, step, self.job.address):
                 checkpoints.name_latest(path)
                 checkpoints.mark_complete(path, self.layout)
+        if self.args.world_size > 1:
+            distributed.barrier()  # no machine removes what another still needs
+        if self.args.should_save:
             checkpoints.clean(root, self.job.execution.keep_checkpoints)
-        self.events.saved(step, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.throughput.leave_out(seconds)
+        self.events.saved(step, seconds)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: DeepSpeed's part of the checkpoint holds all trained weights, and the base never changes."""

@@ -14,6 +14,7 @@ result are the same bytes for the same run.
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from pesc.train.flops import TokenCost
 from pesc.train.job import Job
 from pesc.train.trackers import Trackers, flatten_line
 
+logger = logging.getLogger(__name__)
 FILE_NAME = "events.jsonl"
 _SHOWN = ("loss", "balance", "lr", "grad_norm")
 Send = Callable[..., None]
@@ -44,6 +46,7 @@ class RunWatch:
         self._peak = peak * world_size if peak else None
         self._left_at: float | None = None
         self._paused = 0.0
+        self._is_mute = False
         self._held_out: dict[str, float] = {}
         self._trackers = Trackers(job) if self._is_on else None
 
@@ -113,8 +116,14 @@ class RunWatch:
             self._send(step, message, **fields)
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._is_on:
+        if not self._is_on:
+            return
+        try:
             append_event(self._job.work / FILE_NAME, event, **fields)
+        except OSError as error:  # the run matters more; it still says what it does
+            if not self._is_mute:
+                logger.warning("%s: %s lacks events from now on (%s)", self._job.address, FILE_NAME, error)
+            self._is_mute = True
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:

@@ -40,7 +40,9 @@ def slurm(tmp_path):
 
 def test_every_node_runs_the_same_command_with_a_store_of_its_own(slurm, tmp_path):
     subprocess.run(["bash", str(SCRIPT), "demo", "train.seed=1"], env=slurm, check=True, timeout=30)
-    settings = "execution.num_nodes=2 execution.master=node7:20123 execution.restarts=2 train.seed=1 --until train"
+    settings = (
+        "execution.num_nodes=2 execution.master=node7:20123 execution.restarts=2 execution.grace_seconds=100 train.seed=1 --until train"
+    )
     said = [(tmp_path / f"node-{node}").read_text().strip() for node in (0, 1)]
     assert said == [f"/disk/node-{node} run demo {settings}" for node in (0, 1)]
     assert not (tmp_path / "asked").exists()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from pesc.devices import DEVICES, parse_gpus
 from pesc.errors import RecipeError
-from pesc.fit.planner import Question, base_shape, count_tokens, fit_recipe
+from pesc.fit.planner import Question, base_shape, count_blocks, count_tokens, fit_recipe
 from pesc.fit.speed import flops_per_token, tokens_per_second
 from pesc.fit.table import as_json, print_fits, verdict_of
 from pesc.moe.config import PescConfig
@@ -32,7 +32,7 @@ PESC = [sys.executable, "-m", "pesc.cli", "fit"]
 
 def question(gpu: str, **more) -> Question:
     device, count = parse_gpus(gpu)
-    return Question(device, count, more.pop("tokens", 100_000_000), "a test", **more)
+    return Question(device, count, more.pop("blocks", 50_000), "a test", **more)
 
 
 def fit_of(recipe: str, gpu: str, arm: str, *overrides: str, **more):
@@ -162,19 +162,33 @@ def test_larger_micro_batches_unpack_the_base_less_often():
 
 
 def test_a_measured_rate_and_a_price_replace_the_assumed():
-    speed = fit_of("camelidae-8x7b", "h200:1", "pesc", tokens=36_000_000, measured=10_000.0, price=3.0).as_set.speed
-    assert speed.tokens_per_second == (10_000.0, 10_000.0)
+    one_epoch = ["train.epochs=1", "train.global_batch_size=125"]
+    speed = fit_of("camelidae-8x7b", "h200:1", "pesc", *one_epoch, blocks=18_000, measured=10_240.0, price=3.0).as_set.speed
+    assert speed.tokens_per_second == (10_240.0, 10_240.0)
     assert speed.hours == pytest.approx((1.0, 1.0))
     assert speed.dollars == pytest.approx((3.0, 3.0))
 
 
 def test_tokens_are_whole_steps():
     loaded = load_recipe("camelidae-8x7b")
-    tokens, source = count_tokens(loaded, None, None)
+    blocks, source = count_blocks(loaded, None, None)
+    tokens = count_tokens(loaded.train, blocks, 2048)
     assert tokens % (128 * 2048) == 0
     assert 0 <= tokens - 520_000 * 400 < 128 * 2048
     assert "guess" in source
-    assert count_tokens(load_recipe("camelidae-8x7b", ["train.max_steps=3"]), None, 10**9)[0] == 3 * 128 * 2048
+    short = load_recipe("camelidae-8x7b", ["train.max_steps=3"])
+    assert count_tokens(short.train, count_blocks(short, None, 10**9)[0], 2048) == 3 * 128 * 2048
+
+
+def test_each_arm_has_the_tokens_of_its_own_steps():
+    recipe = load_recipe("camelidae-8x7b", ["arms.qlora.train.max_steps=10"])
+    fits = {fit.arm: fit.tokens for fit in fit_recipe(recipe, base_shape(recipe, None, None, None), question("h200:1"))}
+    assert fits["qlora"] == 10 * 128 * 2048 < fits["pesc"]
+
+
+def test_a_batch_that_training_refuses_is_refused():
+    with pytest.raises(RecipeError, match="which 8 ranks with micro-batches of 32 cannot share evenly: make it 256"):
+        fit_of("camelidae-8x7b", "h200:8", "pesc", "train.micro_batch_size=32")
 
 
 def test_what_the_store_has_is_read_and_not_guessed(tmp_path, monkeypatch):
@@ -191,7 +205,9 @@ def test_what_the_store_has_is_read_and_not_guessed(tmp_path, monkeypatch):
         base_shape(recipe, store, None, None)
     run_recipe(recipe, store, Selection(until=("tokenize",)))
     assert (base_shape(recipe, store, None, None).hidden, base_shape(recipe, store, None, None).layers) == (64, 3)
-    assert count_tokens(recipe, store, None) == (3 * 128 * recipe.tokenize.context_length, "the tokenized mixture")
+    blocks, source = count_blocks(recipe, store, None)
+    assert source == "the tokenized mixture"
+    assert count_tokens(recipe.train, blocks, recipe.tokenize.context_length) == 3 * 128 * recipe.tokenize.context_length
 
 
 # ---- the command

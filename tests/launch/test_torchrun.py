@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -47,6 +48,14 @@ def test_whoever_reaches_the_master_from_its_own_address_is_it():
     assert find_place("127.0.0.1", 1234) == Place("127.0.0.1", None)  # several on one machine: torchrun tries
     assert find_place("no-such-host.invalid", 1234) == Place(None, None)
     assert Place("127.0.0.1", None).interface is None
+
+
+def test_a_machine_that_knows_itself_by_a_loopback_address_is_met_by_its_own(monkeypatch):
+    """Debian writes `127.0.1.1 node0` into node0's /etc/hosts; the others would be told to come to 127.0.1.1."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_a, **_k: [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 29500))])
+    place = find_place("node0", 29500)
+    assert place.hosts is True
+    assert place.address is None or not place.address.startswith("127.")
 
 
 def test_the_users_choice_of_an_interface_stays():

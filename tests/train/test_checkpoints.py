@@ -5,7 +5,19 @@ import errno
 import pytest
 
 from pesc.errors import TrainingFailedError
-from pesc.train.checkpoints import MARKER, Layout, checkpoint_path, clean, find_complete, is_full_disk, mark_complete, require_same_layout
+from pesc.train.checkpoints import (
+    MARKER,
+    Layout,
+    checkpoint_path,
+    clean,
+    find_complete,
+    is_full_disk,
+    mark_complete,
+    require_rank,
+    require_same_layout,
+    save_dispatch,
+    set_aside,
+)
 
 LAYOUT = Layout(world_size=2, zero_stage=2)
 
@@ -65,3 +77,25 @@ def test_another_layout_is_refused_with_both_ways_out(tmp_path):
 )
 def test_a_full_disk_is_told_from_other_trouble(error, full):
     assert is_full_disk(error) is full
+
+
+def test_a_part_of_other_ranks_is_a_sentence(tmp_path):
+    path = checkpoint_path(tmp_path, 4)
+    path.mkdir()
+    for rank in (8, 9):
+        save_dispatch(path, rank, [])
+    mark_complete(path, LAYOUT)
+    (checkpoint,) = find_complete(tmp_path)
+    require_rank(checkpoint, 9, "train[pesc]")
+    with pytest.raises(TrainingFailedError, match=r"checkpoint-4 has the parts of ranks 8, 9, but this machine now runs rank 1: give each"):
+        require_rank(checkpoint, 1, "train[pesc]")
+
+
+def test_what_is_set_aside_counts_no_more(tmp_path):
+    for step in (2, 4):
+        make(tmp_path, step)
+    aside = set_aside(find_complete(tmp_path)[-1], "unmatched")
+    assert aside.name == "unmatched-checkpoint-4"
+    assert [checkpoint.step for checkpoint in find_complete(tmp_path)] == [2]
+    clean(tmp_path, 1)
+    assert aside.is_dir()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch
 from pesc.train.blocks import PackedBlocks
 from pesc.train.collator import NO_LOSS, Collator, OrderedBlocks
 from pesc.train.order import BlockOrder
+from tests.launch.test_supervise import alive
 from tests.train import tiny
 
 
@@ -83,3 +88,45 @@ def test_packed_rows_do_not_see_one_another(kind, attention, request):
     changed = logits(collate([block(*other)]))[0]
     torch.testing.assert_close(changed[7:], logits(collate([block(*rows)]))[0, 7:], atol=0, rtol=0)
     assert not torch.allclose(changed[:7], alone[:7], atol=1e-3)
+
+
+LOADING = """
+import os, signal, sys, time
+import torch
+from pesc.train.collator import loading
+signal.signal(signal.SIGTERM, lambda *_: print("told to stop", flush=True))  # as a rank does, which ends its step first
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 6
+    def __getitem__(self, n):
+        time.sleep(0.05)
+        return torch.tensor(n)
+settings = loading("cuda", 2) | {"pin_memory": False}
+for batch in torch.utils.data.DataLoader(Slow(), batch_size=1, **settings):
+    if batch.item() == 1:
+        (worker,) = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+        print("worker", worker, flush=True)
+        if sys.argv[1] == "group": os.killpg(0, signal.SIGTERM)
+        else: os.kill(os.getpid(), signal.SIGKILL)
+    print("batch", batch.item(), flush=True)
+"""
+
+
+def run_loading(how: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", LOADING, how], capture_output=True, text=True, start_new_session=True, timeout=120)
+
+
+def test_a_stop_of_the_group_leaves_the_loading_process_to_its_rank():
+    """torchrun signals the whole group of a rank; a loading process that died of it would fail the step that is to be saved."""
+    done = run_loading("group")
+    assert done.returncode == 0, done.stderr
+    assert "told to stop" in done.stdout
+    assert "batch 5" in done.stdout
+
+
+def test_the_loading_process_does_not_outlive_its_rank():
+    done = run_loading("kill")
+    worker = int(done.stdout.split("worker ")[1].split()[0])
+    end = time.monotonic() + 10
+    while alive(worker):
+        assert time.monotonic() < end
+        time.sleep(0.05)

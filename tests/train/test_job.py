@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,13 @@ def test_the_error_that_matters_comes_first(tmp_path):
 def test_running_out_of_memory_is_recognised(tmp_path, error):
     record_error(tmp_path, 0, error)
     assert read_errors(tmp_path)[0].kind == "out of memory"
+
+
+def test_a_run_is_named_by_what_it_trains(tmp_path):
+    """Two models trained with equal settings are two runs, wherever the workspaces are."""
+
+    def named(model, blocks, work):
+        return Job("train[pesc]", settings(), Execution(), Path("objects") / model, Path("objects") / blocks, work, "cpu", 9, 20).run_id
+
+    assert named("a", "b", tmp_path / "x") == named("a", "b", tmp_path / "y")
+    assert len({named("a", "b", tmp_path), named("c", "b", tmp_path), named("a", "d", tmp_path)}) == 3

@@ -13,7 +13,7 @@ import pytest
 from pesc.errors import DataError, InterruptedStageError, PescError, PreemptedError, RecipeError, TrainingFailedError
 from pesc.launch.supervise import Outcome, child_environment
 from pesc.stage import Execution
-from pesc.train import checkpoints, stage
+from pesc.train import checkpoints, order, stage
 from pesc.train.job import Status, record_error, write_status
 from tests.train import tiny
 
@@ -50,8 +50,8 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_sizes_that_can(batch, nea
         RecipeError,
         match=rf"global_batch_size is {batch * 2}, which 8 ranks .* make it {' or '.join(str(int(n) * 2) for n in near.split(' or '))},",
     ):
-        stage.check_batch(config, 8)
-    stage.check_batch(tiny.settings(global_batch_size=16, micro_batch_size=2), 8)
+        order.check_batch(config, 8)
+    order.check_batch(tiny.settings(global_batch_size=16, micro_batch_size=2), 8)
 
 
 def test_blocks_are_looked_at_before_any_rank_starts(tmp_path):

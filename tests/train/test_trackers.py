@@ -97,7 +97,8 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    watch(tmp_path, "mlflow")
+    watch(tmp_path, "mlflow", lines=LINES[:1])
+    watch(tmp_path, "mlflow", lines=LINES[1:])  # continued
     (run,) = mlflow.search_runs(experiment_names=["pesc"], output_format="list")
     assert run.data.params["train.lora.rank"]
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")

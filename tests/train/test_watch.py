@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
 
 from pesc.devices import peak_of
+from pesc.stage import Execution
+from pesc.train import watch
 from pesc.train.flops import cost_of_token
+from pesc.train.job import Job
 from pesc.train.watch import append_event, summarize_experts
+from tests.train import tiny
 
 
 def test_a_line_torn_by_a_killed_process_does_not_take_the_next_one_with_it(tmp_path):
@@ -70,3 +75,16 @@ def test_a_token_meets_two_of_four_experts(sparse_dir):
     both, four = (cost_of_token(model, k, 4, recomputed=0.0).model for k in (2, 4))
     bank = sum(p.numel() for n, p in model.named_parameters() if ".adapters." in n)
     assert four - both == pytest.approx(6 * bank / 2)
+
+
+def test_a_full_disk_costs_events_and_not_the_run(tmp_path, caplog, monkeypatch):
+    def full(*_a, **_k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(watch, "append_event", full)
+    job = Job("train[tiny]", tiny.settings(), Execution(trackers=()), tmp_path, tmp_path, tmp_path, "cpu", 2, logging.INFO)
+    run = watch.RunWatch(0, job, lambda *_a, **_k: None)
+    for step in (1, 2):
+        run.step({"step": step, "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 9}, 5.0)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == "train[tiny]: events.jsonl lacks events from now on ([Errno 28] No space left on device)"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,11 +58,17 @@ def read_run(model_dir: Path, config: TrainConfig, sequence: int, device: str) -
         return None  # what is wrong with the model is for the one who loads it to say
 
 
+def _visible(environment: Mapping[str, str]) -> list[str]:
+    """nvidia-smi's option for the GPUs that the ranks will see: it takes indices and UUIDs as CUDA_VISIBLE_DEVICES does."""
+    names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [f"--id={','.join(names)}"] if names else []
+
+
 def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU, without torch; None when nvidia-smi does not tell."""
+    """Bytes of the smallest GPU that the ranks will see, without torch; None when nvidia-smi does not tell."""
     if not (program := shutil.which("nvidia-smi")):
         return None
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = [program, *_visible(os.environ), "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
         sizes = [int(line) * _MIB for line in answer.stdout.splitlines() if line.strip()]
