@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pesc.train import loss as loss_module
-from pesc.train.collator import NO_LOSS, Collator, loading
+from pesc.train.collator import NO_LOSS, Collator
 from pesc.train.head import LossHead
 from pesc.train.loss import chunk_rows, scaled_linear_cross_entropy
 
@@ -130,19 +133,29 @@ def test_the_batch_carries_the_numbers_that_the_step_needs(choose):
     assert batch["targets"][:, batch["kept_K"]].flatten()[batch["rows_N"]].tolist() == [6, 8, 3]
 
 
+LOADER = """
+import sys
+from pathlib import Path
+import torch
+from pesc.train.blocks import PackedBlocks
+from pesc.train.collator import Collator, OrderedBlocks, loading
+from pesc.train.order import BlockOrder, RankBatches
+blocks = PackedBlocks(Path(sys.argv[1]))
+data = OrderedBlocks(blocks, BlockOrder(len(blocks), 7), 12)
+def read(settings):
+    loader = torch.utils.data.DataLoader(data, batch_sampler=RankBatches(3, 4, 2, 0, 1), collate_fn=Collator(), **settings)
+    return [{name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} for batch in loader]
+beside_a_gpu = loading("cuda", 2)
+assert beside_a_gpu.pop("pin_memory")
+assert beside_a_gpu["num_workers"]
+there, here = read(beside_a_gpu), read(loading("cpu", 2))
+assert there == here
+print(len(here))
+"""
+
+
 def test_a_loader_process_gives_the_same_batches(blocks_dir):
-    from pesc.train.blocks import PackedBlocks
-    from pesc.train.collator import OrderedBlocks
-    from pesc.train.order import BlockOrder, RankBatches
-
-    blocks = PackedBlocks(blocks_dir)
-    data = OrderedBlocks(blocks, BlockOrder(len(blocks), 7), 12)
-
-    def read(settings):
-        loader = torch.utils.data.DataLoader(data, batch_sampler=RankBatches(3, 4, 2, 0, 1), collate_fn=Collator(), **settings)
-        return [{name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} for batch in loader]
-
-    beside_a_gpu = loading("cuda", 2)
-    assert beside_a_gpu.pop("pin_memory")
-    assert beside_a_gpu["num_workers"]
-    assert read(beside_a_gpu) == read(loading("cpu", 2))
+    """In an interpreter of its own: a fork of one that has run a server ends as the server's threads and exit handlers would have it."""
+    done = subprocess.run([sys.executable, "-c", LOADER, str(blocks_dir)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "6"
