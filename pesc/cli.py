@@ -7,6 +7,7 @@ pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe'
 pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
+pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
 pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
 pesc bench convert                        measure it on this machine
 
@@ -27,6 +28,7 @@ import typer
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
 from pesc.fit import commands as fit_commands
+from pesc.generate import commands as generate_commands
 from pesc.launch import commands as launch_commands
 from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
@@ -41,6 +43,7 @@ dev = typer.Typer(no_args_is_help=True, help="For those who change this package.
 model_commands.add_to(app)
 fit_commands.add_to(app)
 launch_commands.add_to(app)
+generate_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 
