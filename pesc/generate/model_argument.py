@@ -34,6 +34,9 @@ class ModelPlace:
     """config.json."""
     template: str | None = None
     """A chat template in place of the tokenizer's own; None: the tokenizer's."""
+    recipe: Recipe | None = None
+    address: str = ""
+    """Of the action in the recipe that made it."""
 
 
 def find_model(argument: str, store_root: Path, template: str | None = None) -> ModelPlace:
@@ -42,16 +45,14 @@ def find_model(argument: str, store_root: Path, template: str | None = None) -> 
     A model of a recipe that was trained with a template of this package talks in that one, unless `template` says otherwise.
     Raises ModelError (or RecipeError) for what is not there, not built, or no whole model.
     """
-    directory, recipe = Path(argument).expanduser(), None
+    directory, recipe, address = Path(argument).expanduser(), None, ""
     if not directory.exists() and ":" in argument:
         name, _, address = argument.rpartition(":")
         recipe = load_recipe(name)
         directory = _built(recipe, name, address, Store(store_root))
     fields = _check_whole(directory, argument)
-    if template is not None:
-        return ModelPlace(directory, argument, fields, _read_template(template))
-    trained_with = recipe.tokenize.chat_template if recipe else "model"
-    return ModelPlace(directory, argument, fields, TEMPLATES.get(trained_with))
+    trained_with = TEMPLATES.get(recipe.tokenize.chat_template) if recipe else None
+    return ModelPlace(directory, argument, fields, trained_with if template is None else _read_template(template), recipe, address)
 
 
 def _built(recipe: Recipe, name: str, address: str, store: Store) -> Path:

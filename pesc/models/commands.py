@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
 from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
+
+if TYPE_CHECKING:
+    from pesc.generate.model_argument import ModelPlace
+    from pesc.store import Store
 
 FORMATS = ("camelidae", "sparsetral", "remote-code")
 _DEFAULTS = UpcycleConfig()
@@ -153,26 +157,49 @@ def _check_published(checkpoint: Path, base: Path | None, top_k: int | None, sca
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Directory of a sparse model.", metavar="DIR")],
+    model: Annotated[
+        str, typer.Argument(help="Directory of a sparse model, or RECIPE:ADDRESS in the store, e.g. 'demo:merge[pesc]'.", metavar="MODEL")
+    ],
     out: Out,
     format_name: Annotated[str, typer.Option("--format", help="camelidae, sparsetral or remote-code.", metavar="FORMAT")],
+    store: Annotated[Path | None, typer.Option("--store", help="Directory of the store. Default: $PESC_STORE or ./store.")] = None,
 ) -> None:
-    """Write a sparse model for others: in a published layout, or with its own code (`trust_remote_code=True`)."""
+    """Write a sparse model for others: in a published layout, or with its own code (`trust_remote_code=True`).
+
+    A model of the store gets its model card (README.md), and the chat template that it was trained with.
+    """
     from pesc.console import progress_bar
+    from pesc.generate.model_argument import find_model
     from pesc.models.new_directory import new_directory
+    from pesc.settings import store_root
+    from pesc.store import Store
 
     if format_name not in FORMATS:
         raise ModelError(f"There is no format {format_name!r}: it must be one of {', '.join(FORMATS)}.")
+    place = find_model(model, store or store_root())
     with progress_bar("export") as progress, new_directory(out) as building:
         if format_name == "remote-code":
             from pesc.models.export import export_remote_code
 
-            export_remote_code(model, building)
+            export_remote_code(place.directory, building)
         else:
             from pesc.models.export_published import export_published
 
-            export_published(model, building, format_name, progress)
+            export_published(place.directory, building, format_name, progress)
+        _add_what_the_recipe_knows(place, building, Store(store or store_root()))
     print(out)
+
+
+def _add_what_the_recipe_knows(place: ModelPlace, building: Path, store: Store) -> None:
+    """The card of a model in the store, and a chat template that is not the tokenizer's own."""
+    from pesc.model_card import write_model_card
+
+    if place.recipe is None:
+        return
+    if place.template is not None:
+        (building / "chat_template.jinja").unlink(missing_ok=True)  # a hard link
+        (building / "chat_template.jinja").write_text(place.template, encoding="utf-8")
+    write_model_card(place.recipe, place.address, store, building)
 
 
 def _print_model(counts: Mapping[str, Any], used: str, out: Path) -> None:
