@@ -176,8 +176,8 @@ def export(
 
     if format_name not in FORMATS:
         raise ModelError(f"There is no format {format_name!r}: it must be one of {', '.join(FORMATS)}.")
-    place = find_model(model, store or store_root())
     with progress_bar("export") as progress, new_directory(out) as building:
+        place = find_model(model, store or store_root())
         if format_name == "remote-code":
             from pesc.models.export import export_remote_code
 
