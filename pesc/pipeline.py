@@ -52,6 +52,8 @@ class Stage:
     isolated: bool = False
     """Runs in a process of its own, so that the caller never imports torch or touches CUDA."""
     summary: str = ""
+    keeps: tuple[str, ...] = ()
+    """Files and folders of its workspace, beside the log, that go beside the manifest."""
 
 
 STAGES: tuple[Stage, ...] = (
@@ -142,9 +144,10 @@ STAGES: tuple[Stage, ...] = (
         TrainConfig,
         3,
         "pesc.train.stage:build",
-        ("pesc.train", "pesc.models.factory", "pesc.models.mixtral", "pesc.moe"),
+        ("pesc.train", "pesc.models.factory", "pesc.models.mixtral", "pesc.models.nf4", "pesc.moe"),
         wants_gpu=True,
         summary="distributed QLoRA",
+        keeps=("events.jsonl", "tensorboard"),
     ),
     Stage(
         "merge",

@@ -103,7 +103,7 @@ def build_or_open(
         digest, entries = store.publish(workspace.out)
         seconds = time.monotonic() - started
         manifest = _manifest(job, stage, digest, entries, result, began, seconds)
-        _keep_log(workspace.root, store.action_path(stage.name, job.fingerprint))
+        _keep_records(workspace.root, store.action_path(stage.name, job.fingerprint), ("log.txt", *stage.keeps))
         store.commit(manifest)
         workspace.discard()
     logger.info("%s built in %.1f s, object %s", job.label, seconds, digest[:8])
@@ -267,14 +267,14 @@ def _manifest(
     )
 
 
-def _keep_log(work: Path, action: Path) -> None:
-    """The log of a build, and the events of a training run, go beside its manifest; TensorBoard's files as well."""
-    for name in ("log.txt", "events.jsonl"):
-        if (work / name).is_file():
-            action.mkdir(parents=True, exist_ok=True)
+def _keep_records(work: Path, action: Path, names: tuple[str, ...]) -> None:
+    """What a build tells of itself beside its output goes beside its manifest."""
+    for name in (name for name in names if (work / name).exists()):
+        action.mkdir(parents=True, exist_ok=True)
+        if (work / name).is_dir():
+            shutil.copytree(work / name, action / name, dirs_exist_ok=True)
+        else:
             shutil.copyfile(work / name, action / name)
-    if (work / "tensorboard").is_dir():
-        shutil.copytree(work / "tensorboard", action / "tensorboard", dirs_exist_ok=True)
 
 
 class _full_disk_as_sentence:

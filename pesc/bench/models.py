@@ -43,9 +43,10 @@ def base_model(directory: Path | None, shape: str, layers: int | None, dtype: to
 
 def load_slice(directory: Path, layers: int | None, dtype: torch.dtype, device: str) -> Any:
     """The first layers of a dense model's directory, the base in NF4.  Raises ModelError or RecipeError for what is no dense model."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     from pesc.models.factory import architecture_of, is_sparse
+    from pesc.models.nf4 import quantization_config
     from pesc.models.upcycle import read_config
     from pesc.train.modeling import pick_attention
 
@@ -53,12 +54,8 @@ def load_slice(directory: Path, layers: int | None, dtype: torch.dtype, device: 
     if is_sparse(fields):
         raise RecipeError(f"--model {directory} is a sparse model: give its dense base; the adapters are added here.")
     config = architecture_of(fields).dense_config.from_dict(_cut(fields, layers))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype,
-    )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization,
+        directory, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization_config(str(dtype).removeprefix("torch.")),
         attn_implementation=pick_attention(device),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from pesc.bench.models import base_model, widened
-from pesc.bench.step import Arm, StepSettings, make_arm, run_step, uses_flash
+from pesc.bench.step import Arm, StepSettings, make_arm, median_ratio, run_step, uses_flash
 from pesc.data.encoding import TokenRow
 from pesc.data.packing import pack_rows
 from pesc.errors import DataError
@@ -102,11 +102,10 @@ def measure_packing(settings: PackingSettings, rows: Sequence[TokenRow] | None =
             if turn:  # the first warms up, and makes the optimizer's states
                 arm.seconds.append(seconds)
     tokens, supervised = (sum(batch[count] for batch in batches[PACKED]) for count in ("tokens", "supervised"))
-    packed = median(arms[PACKED].seconds)
     measured = tuple(
         PackingArm(
             name, len(batches[name]), sum(batch["input_ids"].numel() for batch in batches[name]), median(arm.seconds),
-            tokens / median(arm.seconds), median(arm.seconds) / packed, losses[name],
+            tokens / median(arm.seconds), median_ratio(arm, arms[PACKED]), losses[name],
         )
         for name, arm in arms.items()
     )  # fmt: skip

@@ -129,7 +129,7 @@ def measure_step(settings: StepSettings) -> StepTimes:
         parts = share_by_part(arm.model, lambda arm=arm: run_step(arm, [batch], settings.device), arm.optimizer, settings.device)
         rows.append(
             ArmTimes(
-                arm.adapter_dim, seconds, batch["tokens"] / seconds, _median_ratio(arm, arms[0]), arm_flops / flops[0], max(arm.peaks), arm.loss,
+                arm.adapter_dim, seconds, batch["tokens"] / seconds, median_ratio(arm, arms[0]), arm_flops / flops[0], max(arm.peaks), arm.loss,
                 _dispatch(arm.adapter_dim), parts,
             )
         )  # fmt: skip
@@ -197,6 +197,8 @@ def uses_flash(device: str) -> bool:
 
 def run_step(arm: Arm, batches: Sequence[dict[str, Any]], device: str) -> float:
     """Seconds of one optimizer step over some micro-batches; the arm's `loss` is then the mean over their supervised tokens."""
+    from pesc.train.head import batch_cross_entropy
+
     moved = [_moved(batch, device) for batch in batches]
     share = torch.full((), 1 / max(1, sum(batch["supervised"] for batch in batches)), device=device)
     torch.manual_seed(0)
@@ -206,10 +208,10 @@ def run_step(arm: Arm, batches: Sequence[dict[str, Any]], device: str) -> float:
     losses = []
     for batch in moved:
         if arm.recorder is None:
-            loss = total = _cross_entropy(arm, batch, share)
+            loss = total = batch_cross_entropy(arm.model, arm.head, batch, share)
         else:
             with arm.recorder:
-                loss = _cross_entropy(arm, batch, share)
+                loss = batch_cross_entropy(arm.model, arm.head, batch, share)
             total = loss + 0.01 * arm.recorder.balance_loss(batch["valid"]) / len(moved)
             arm.recorder.clear()
         total.backward()
@@ -225,36 +227,19 @@ def _moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def _cross_entropy(arm: Arm, batch: dict[str, Any], share: torch.Tensor) -> torch.Tensor:
-    from pesc.train.loss import scaled_cross_entropy
-    from pesc.train.packed_rows import model_inputs, rows_told
-
-    arguments = {**model_inputs(batch), "logits_to_keep": batch["kept_K"], "use_cache": False}
-    if arm.head is not None:
-        with arm.head.scoring(batch["rows_N"], batch["targets_N"], share), rows_told(batch["packed"]):
-            return arm.head.loss_of(arm.model(**arguments))
-    with rows_told(batch["packed"]):
-        logits_BKV = arm.model(**arguments).logits
-    return scaled_cross_entropy(logits_BKV.flatten(0, 1).index_select(0, batch["rows_N"]), batch["targets_N"], share)
-
-
 def flops_per_token(arm: Arm, batch: dict[str, Any], settings: StepSettings) -> float:
     """See the module's head."""
-    config, tokens = arm.model.config, batch["tokens"]
-    adapted = [module for module in arm.model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
-    frozen = sum(module.base_layer.in_features * module.base_layer.out_features for module in adapted)
-    trained = sum(parameter.numel() for module in adapted for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters()))
-    layers = config.num_hidden_layers
-    if arm.adapter_dim:
-        trained += layers * config.hidden_size * (settings.experts + 2 * settings.top_k * arm.adapter_dim)
+    from pesc.train.flops import cost_of_token
+
+    config, tokens, again = arm.model.config, batch["tokens"], RECOMPUTED[settings.checkpointing]
+    maps = cost_of_token(arm.model, settings.top_k, settings.experts, again).hardware
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    attention = 4 * layers * width * sum(length**2 / 2 for length in batch["row_lengths"]) / tokens
-    again = RECOMPUTED[settings.checkpointing]
+    attention = 4 * config.num_hidden_layers * width * sum(length**2 / 2 for length in batch["row_lengths"]) / tokens
     vocabulary = 4 * config.vocab_size * config.hidden_size * batch["supervised"] / tokens
-    return (4 + 2 * again) * frozen + (6 + 2 * again) * trained + (3.5 + again) * attention + vocabulary
+    return maps + (3.5 + again) * attention + vocabulary
 
 
-def _median_ratio(arm: Arm, control: Arm) -> float:
+def median_ratio(arm: Arm, control: Arm) -> float:
     """Of the turns' ratios, so that a machine whose speed drifts moves both sides of each."""
     return median([mine / other for mine, other in zip(arm.seconds, control.seconds, strict=True)])
 

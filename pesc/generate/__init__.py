@@ -1,6 +1,6 @@
 """Using a model: `pesc generate` and `pesc chat`.
 
-Map: model_argument (which directory MODEL means, and whether it is a whole model), prompts (the rows of a prompt file), speaker (a loaded model
+Map: prompts (the rows of a prompt file), speaker (a loaded model
 and its tokenizer; one reply at a time), streaming (text as it is made, and the stop that Ctrl-C asks for), chat (the conversation on a terminal or
 a pipe), commands (the command line).
 
@@ -8,5 +8,5 @@ Contract: generation is transformers' own `generate` with the model's own genera
 
 Never: runs code of a model directory unless `--trust-remote-code` is given.  Our own exports need no such trust, because their classes are here.
 
-Pitfall: commands, model_argument and prompts import no torch, so that a mistake is told before the seconds that torch takes.
+Pitfall: commands and prompts import no torch, so that a mistake is told before the seconds that torch takes.
 """

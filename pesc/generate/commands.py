@@ -99,7 +99,7 @@ def generate(
 
     A prompt is put as the user's turn through the chat template where the tokenizer has one, and continued as it is where it has none.
     """
-    from pesc.generate.model_argument import find_model
+    from pesc.model_argument import find_model
 
     if prompt is not None and file is not None:
         raise DataError("PROMPT and --file are both given: one of them.")
@@ -185,7 +185,7 @@ def chat(
     store: StoreOption = None,
 ) -> None:
     """Talk with a model.  /help lists the commands; Ctrl-C stops a reply.  A pipe works too: a message a line, replies alone on stdout."""
-    from pesc.generate.model_argument import find_model
+    from pesc.model_argument import find_model
 
     place = find_model(model, store or store_root(), chat_template)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, greedy, seed)

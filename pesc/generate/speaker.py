@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 import pesc.models
 from pesc.errors import ModelError
-from pesc.generate.model_argument import ModelPlace
 from pesc.generate.prompts import Message
 from pesc.generate.settings import LoadOptions, Sampling
 from pesc.generate.streaming import PieceStreamer, Stop
+from pesc.model_argument import ModelPlace
 
 DEFAULT_NEW_TOKENS = 512
 """Tokens of a reply where neither an option nor the model's generation config says how many."""

@@ -21,7 +21,7 @@ from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
 
 if TYPE_CHECKING:
-    from pesc.generate.model_argument import ModelPlace
+    from pesc.model_argument import ModelPlace
     from pesc.store import Store
 
 FORMATS = ("camelidae", "sparsetral", "remote-code")
@@ -169,7 +169,7 @@ def export(
     A model of the store gets its model card (README.md), and the chat template that it was trained with.
     """
     from pesc.console import progress_bar
-    from pesc.generate.model_argument import find_model
+    from pesc.model_argument import find_model
     from pesc.models.new_directory import new_directory
     from pesc.settings import store_root
     from pesc.store import Store

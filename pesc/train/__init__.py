@@ -7,9 +7,12 @@ What it is
     blocks.py       packed blocks, memory-mapped      order.py       which block is read when
     collator.py     blocks -> one micro-batch         loss.py        cross-entropy over the supervised tokens
     modeling.py     model, LoRA, what is trainable    optimizer.py   optimizer and learning-rate schedule
-    packed_rows.py  where rows begin, told to attention
+    packed_rows.py  where rows begin, for attention   head.py        the output projection that gives the loss in chunks
     trainer.py      the step                          callbacks.py   dead gradients, the numbers of a step, history
-    held_out.py     the loss on blocks never trained on           watch.py   events.jsonl, progress; flops.py: arithmetic and peaks
+    held_out.py     the loss on blocks never trained on              bad_loss.py    steps that cannot be right are not applied
+    watch.py        events.jsonl and progress         flops.py       arithmetic of a step
+    trackers.py     TensorBoard, W&B, MLflow          memory/        what a run needs, before it starts
+    heartbeat.py    signs of life, and the watchdog   attempts.py    going on after a lost process or machine
     stop.py         a wish to stop, until the step ends
     deepspeed.py    ZeRO settings                     checkpoints.py complete checkpoints, and which ones can be continued
     result.py       the adapter, the bank, the record of the run

@@ -16,7 +16,7 @@ body that does nothing and a head that gives known numbers: what comes out must 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pesc.train.loss import scaled_linear_cross_entropy
+from pesc.train.loss import scaled_cross_entropy, scaled_linear_cross_entropy
+from pesc.train.packed_rows import model_inputs, rows_told
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,25 @@ class LossHead:
             hidden_NH = hidden_NH.index_select(0, rows_N)
         weight_VH = self._projection.weight
         return scaled_linear_cross_entropy(hidden_NH.to(weight_VH.dtype), weight_VH, target_N, scale).reshape(1, 1, 1)
+
+
+def batch_cross_entropy(
+    model: Any, head: LossHead | None, batch: Mapping[str, Any], scale: torch.Tensor, chooses_logits: bool = True
+) -> torch.Tensor:
+    """Σ cross-entropy over a micro-batch's supervised tokens, times `scale`.
+
+    head: of the causal language model inside `model`.  Only positions with a target meet the vocabulary, and, where there is a head, in
+    chunks.  chooses_logits: whether the model can leave out the other positions itself; the batch must have been collated so.
+    """
+    choice = {"logits_to_keep": batch["kept_K"]} if chooses_logits else {}
+    arguments = {**model_inputs(batch), "use_cache": False, **choice}
+    rows_N, targets_N = batch["rows_N"], batch["targets_N"]
+    with rows_told(batch["packed"]):
+        if head is not None:
+            with head.scoring(rows_N, targets_N, scale):
+                return head.loss_of(model(**arguments))
+        logits_BKV = model(**arguments).logits
+    return scaled_cross_entropy(logits_BKV.reshape(-1, logits_BKV.shape[-1]).index_select(0, rows_N), targets_N, scale)
 
 
 @torch.no_grad()

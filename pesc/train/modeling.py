@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import pesc.models
 from pesc.errors import ModelError
 from pesc.models import mixtral
+from pesc.models.nf4 import quantization_config
 from pesc.moe.layer import sparse_parameters
 from pesc.moe.router import find_routers
 from pesc.train.config import TrainConfig
@@ -92,7 +93,7 @@ def _load_base(model_dir: Path, config: TrainConfig, device: str) -> PreTrainedM
         "attn_implementation": pick_attention(device),
     }
     if config.quantization == "nf4":
-        options["quantization_config"] = _quantization(config)
+        options["quantization_config"] = quantization_config(config.compute_dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(model_dir, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -116,20 +117,6 @@ def _read_config(model_dir: Path, config: TrainConfig) -> Any:
             )
         read.pesc = {**read.pesc, "bias_update_rate": config.balance.bias_update_rate}
     return read
-
-
-def _quantization(config: TrainConfig) -> Any:
-    """NF4 with double quantisation (QLoRA), packed into the compute dtype, which ZeRO-3 needs to shard it."""
-    from transformers import BitsAndBytesConfig
-
-    dtype = getattr(torch, config.compute_dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
-    )
 
 
 def pick_attention(device: str) -> str:

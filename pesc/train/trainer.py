@@ -28,15 +28,13 @@ from pesc.train import checkpoints
 from pesc.train.bad_loss import StepGate, decide, find_fault, finite, keep_norm
 from pesc.train.callbacks import GradientWatch, History, Routing, StepTotals, Throughput
 from pesc.train.collator import Collator, OrderedBlocks, loading
-from pesc.train.head import LossHead
+from pesc.train.head import LossHead, batch_cross_entropy
 from pesc.train.heartbeat import Heartbeat
 from pesc.train.held_out import HeldOut
 from pesc.train.job import Job
-from pesc.train.loss import scaled_cross_entropy
 from pesc.train.modeling import trainable_parameters
 from pesc.train.optimizer import learning_rate_at, make_optimizer, make_schedule, part_of, rates_at
 from pesc.train.order import RankBatches, derive_seed
-from pesc.train.packed_rows import model_inputs, rows_told
 from pesc.train.stop import StopRequest
 from pesc.train.watch import RunWatch
 
@@ -135,16 +133,7 @@ class PescTrainer(Trainer):
         return loss + balance.z_coefficient * routing.z if balance.z_coefficient else loss
 
     def _cross_entropy(self, model: torch.nn.Module, inputs: dict, share: torch.Tensor) -> torch.Tensor:
-        """Only positions with a target meet the vocabulary, and (but for models that change their logits) in chunks."""
-        rows_N, targets_N = inputs["rows_N"], inputs["targets_N"]
-        choice = {"logits_to_keep": inputs["kept_K"]} if self._can_choose_logits else {}
-        arguments = {**model_inputs(inputs), "use_cache": False, **choice}
-        if self._head is not None:
-            with self._head.scoring(rows_N, targets_N, share), rows_told(inputs["packed"]):
-                return self._head.loss_of(model(**arguments))
-        with rows_told(inputs["packed"]):
-            logits_BKV = model(**arguments).logits
-        return scaled_cross_entropy(logits_BKV.reshape(-1, logits_BKV.shape[-1]).index_select(0, rows_N), targets_N, share)
+        return batch_cross_entropy(model, self._head, inputs, share, self._can_choose_logits)
 
     def _routing(self, valid_BS: torch.Tensor) -> Routing:
         """This micro-batch's shares of the mean balance and z-losses (times the ranks), and its choices."""

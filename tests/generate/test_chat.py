@@ -6,9 +6,9 @@ import pytest
 
 from pesc.errors import ModelError
 from pesc.generate.chat import HELP, Chat, Screen
-from pesc.generate.model_argument import find_model
 from pesc.generate.settings import LoadOptions, Sampling
 from pesc.generate.speaker import load_speaker
+from pesc.model_argument import find_model
 from tests.generate.builders import WITHOUT_SYSTEM, save_speaker
 
 NO_ENDS = {"suppress_tokens": [256, 257, 258]}

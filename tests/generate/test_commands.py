@@ -127,6 +127,17 @@ class Terminal:
         found, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return found
 
+    def press_ctrl_c_until(self, pattern):
+        """As a user does it who sees nothing happen: CPython's readline misses a signal that comes between two of its waits for a key."""
+        for _ in range(20):
+            self.type("\x03")
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                if re.search(pattern, self.seen):
+                    return self.wait_for(pattern)
+                self._read(0.2)
+        raise AssertionError(f"no {pattern!r} in {self.seen!r}")
+
     def _read(self, seconds):
         if select.select([self._master], [], [], seconds)[0]:
             try:
@@ -179,10 +190,9 @@ def test_a_chat_on_a_terminal_with_ctrl_c_in_a_reply_and_at_the_prompt(terminal,
     assert re.search(r"\d+ tokens, [\d.]+ a second; \d+ in the conversation", stopped)
     chat.type("half a message")
     chat.wait_for("half a message", 20)  # readline listens
-    chat.type("\x03")
-    assert "Ctrl-C stops a reply; /exit leaves." in chat.wait_for(PROMPT, 20)
+    chat.press_ctrl_c_until(r"Ctrl-C stops a reply; /exit leaves\.[\s\S]*?" + PROMPT)
     chat.type("/undo\n")
-    assert "(forgotten: the last question and its answer)" in chat.wait_for(PROMPT, 20)
+    chat.wait_for(r"\(forgotten: the last question and its answer\)[\s\S]*?" + PROMPT, 20)
     chat.type("\x04")
     assert chat.process.wait(20) == 0
 

@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import pesc.models
 from pesc.errors import ModelError
-from pesc.generate.model_argument import find_model
 from pesc.generate.settings import LoadOptions, Sampling
 from pesc.generate.speaker import ContextFullError, load_speaker
 from pesc.generate.streaming import PieceStreamer, Stop
+from pesc.model_argument import find_model
 from pesc.models.export import export_remote_code
 from pesc.models.upcycle import upcycle_directory
 from tests.generate.builders import TEMPLATE, WITHOUT_SYSTEM, change_json, save_speaker

@@ -75,7 +75,8 @@ def test_settings_that_cannot_meet_are_refused(settings, sentence):
 @pytest.mark.slow
 def test_torchrun_takes_the_command_line(tmp_path):
     program = tmp_path / "said.py"
-    program.write_text("import os; print('RANK', os.environ['RANK'], 'OF', os.environ['WORLD_SIZE'])")
+    one_write = "import os; os.write(1, f\"RANK {os.environ['RANK']} OF {os.environ['WORLD_SIZE']}\\n\".encode())"
+    program.write_text(one_write)
     argv = build_argv("said", [], Execution(), 2)
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("RANK")) == ["RANK 0 OF 2", "RANK 1 OF 2"]

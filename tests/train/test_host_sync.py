@@ -174,7 +174,7 @@ def test_a_wait_in_the_step_would_be_seen(meta_trainer, monkeypatch, how, wait):
 def test_a_mask_that_is_looked_for_would_be_seen(meta_trainer, monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("pesc.train.trainer.rows_told", lambda _packed: nullcontext())
+    monkeypatch.setattr("pesc.train.head.rows_told", lambda _packed: nullcontext())
     with pytest.raises((Waits, RuntimeError, NotImplementedError)):
         train_all(meta_trainer())
 

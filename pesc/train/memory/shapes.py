@@ -5,13 +5,13 @@ H hidden, F FFN width, V vocabulary; a projection is (inputs, outputs).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pesc.errors import ModelError, RecipeError
+from pesc.models.upcycle import read_config
 
 _LLAMA_LIKE = ("llama", "mistral", "ministral", "granite", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "phi3")
 
@@ -130,16 +130,7 @@ def _biases(kind: str, fields: Mapping[str, Any]) -> frozenset[str]:
 
 def read_shape(model_dir: Path) -> ModelShape:
     """The shape of a model directory.  Raises ModelError when it has no config.json that says it."""
-    path = model_dir / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}): give the directory of a model.") from None
-    except (ValueError, UnicodeDecodeError):
-        raise ModelError(f"{path} is not valid JSON.") from None
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} is not a map of fields.")
-    return shape_from_config(fields, str(path))
+    return shape_from_config(read_config(model_dir), str(model_dir / "config.json"))
 
 
 def known_shape(uri: str) -> ModelShape | None:

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from pesc.data.chat import TEMPLATES
 from pesc.errors import ModelError, RecipeError
-from pesc.generate.model_argument import find_model
+from pesc.model_argument import find_model
 from pesc.plan import Selection
 from pesc.run import run_recipe
 from tests.generate.builders import change_json, save_speaker
@@ -94,7 +94,7 @@ def test_nothing_of_this_needs_torch(tmp_path):
 
     change_json(save_speaker(tmp_path / "m") / "config.json", x=1)
     code = (
-        "import sys, pathlib, pesc.generate.prompts, pesc.cli\nfrom pesc.generate.model_argument import find_model\n"
+        "import sys, pathlib, pesc.generate.prompts, pesc.cli\nfrom pesc.model_argument import find_model\n"
         f"find_model({str(tmp_path / 'm')!r}, pathlib.Path('x'))\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
