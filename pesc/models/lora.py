@@ -52,8 +52,8 @@ class LoraAdapter:
     read: Callable[[str], torch.Tensor]
     """One tensor of the file by its key."""
 
-    def delta(self, weight: str) -> torch.Tensor:
-        """Scaling · B · A of one weight, [O, I] in fp32.  Raises ModelError when it is not a number or B was never trained."""
+    def matrices(self, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, I] and B [O, R] of one weight in fp32.  Raises ModelError when one is not a number or B was never trained."""
         key_a, key_b = self.pairs[weight]
         a_RI, b_OR = self.read(key_a).float(), self.read(key_b).float()
         for key, tensor in ((key_a, a_RI), (key_b, b_OR)):
@@ -61,6 +61,11 @@ class LoraAdapter:
                 raise ModelError(f"{self.path} has a value that is not a number in {key}: the training diverged; train again.")
         if not b_OR.any():
             raise ModelError(f"{self.path} has {key_b} all zero: {weight} was never trained; look for a frozen part in the training log.")
+        return a_RI, b_OR
+
+    def delta(self, weight: str) -> torch.Tensor:
+        """Scaling · B · A of one weight, [O, I] in fp32."""
+        a_RI, b_OR = self.matrices(weight)
         return self.scaling * (b_OR @ a_RI)
 
     def fold(self, weight: str, base_OI: torch.Tensor) -> torch.Tensor:

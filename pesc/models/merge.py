@@ -1,7 +1,7 @@
 """The `merge` stage: a model and what was trained on it become one plain model directory.
 
 LoRA is folded into the projections (W + scaling · B · A in fp32), trained router and bank replace those of the start, everything else is
-copied.  Weights pass through one tensor at a time.  `ledger.json` accounts for every tensor; `proof.json` compares the written model with the
+copied or linked.  Weights pass through in pieces.  `ledger.json` accounts for every tensor; `proof.json` compares the written model with the
 unmerged one (see `pesc.models.proof`); a merge that is not proven is refused.
 
 Key contracts
@@ -14,8 +14,7 @@ Key contracts
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +22,13 @@ from typing import TYPE_CHECKING, Any
 from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
 from pesc.models.lora import LoraAdapter, read_lora
-from pesc.models.tensor_files import TensorDirectory, TensorSpec, dtype_code, link_companions, read_header, read_tensor, write_sharded
-from pesc.models.upcycle import BANK_NAME, check_complete, read_config, write_config
+from pesc.models.merge_write import write_json, write_merged
+from pesc.models.tensor_files import TensorDirectory, TensorSpec, read_header
+from pesc.models.upcycle import BANK_NAME, check_complete, read_config
 from pesc.stage import BuildResult, StageContext
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
-
-FLOATING = ("F64", "F32", "F16", "BF16")
-_DIGITS = 4
-"""Significant digits of the norms in the ledger: enough to see a change, few enough not to see the machine."""
 
 
 def build(ctx: StageContext) -> BuildResult:
@@ -52,7 +46,9 @@ def build(ctx: StageContext) -> BuildResult:
     proof = prove(parts, ctx.out, prompts, ctx.config)
     write_json(ctx.out / "proof.json", proof)
     ctx.progress(1, 1, unit="proofs", message="merged == unmerged")
-    counts = {f"{action}_tensors": sum(entry["action"] == action for entry in ledger) for action in ("merged", "trained", "copied")}
+    counts = {
+        f"{action}_tensors": sum(entry["action"] == action for entry in ledger) for action in ("merged", "trained", "copied", "linked")
+    }
     return BuildResult(metrics={**counts, "max_logit_difference": proof["logits"]["max_difference"]})
 
 
@@ -176,99 +172,3 @@ def _check_declared(training: Mapping[str, Any], lora: LoraAdapter, bank: Mappin
                 f"{where / 'training.json'} declares {tensors} tensors ({parameters:,} parameters) of the group {group!r} as trained, but {found} "
                 f"({kept:,}) were saved: a part is lost, or files of different runs are mixed; run `train` again."
             )
-
-
-def write_merged(
-    parts: MergeParts, out_dir: Path, config: MergeConfig, progress: Callable[..., None] = lambda *_args, **_kwargs: None
-) -> list[dict[str, Any]]:
-    """Write the merged model and its ledger to the empty `out_dir`; returns the ledger's entries."""
-    target = dtype_code(config.dtype)
-    tensors = {**parts.model.specs, **parts.bank}
-    specs = {name: TensorSpec(target if spec.dtype in FLOATING else spec.dtype, spec.shape) for name, spec in tensors.items()}
-    ledger: list[dict[str, Any]] = []
-
-    def make(name: str) -> torch.Tensor:
-        tensor, entry = _merge_tensor(parts, name, config.dtype)
-        ledger.append(entry)
-        progress(len(ledger), len(specs), unit="tensors", message=name)
-        return tensor
-
-    write_sharded(out_dir, specs, config.max_shard_bytes, make)
-    fields = {name: value for name, value in parts.fields.items() if name != "torch_dtype"}  # the old name of dtype
-    write_config(out_dir, fields | {"dtype": config.dtype})
-    link_companions(parts.model_dir, out_dir)
-    write_json(out_dir / "ledger.json", {"base": config.base, "lora_scaling": parts.lora.scaling, "tensors": ledger})
-    _warn_of_idle_experts(ledger)
-    return ledger
-
-
-def _merge_tensor(parts: MergeParts, name: str, dtype: str) -> tuple[torch.Tensor, dict[str, Any]]:
-    """One tensor of the merged model in `dtype`, and its line in the ledger."""
-    import torch
-
-    start = parts.model.read(name) if name in parts.model.files else None
-    if start is None or not start.is_floating_point():
-        return _whole_numbers(parts, name, start)
-    entry: dict[str, Any] = {"name": name, "action": "copied", "shape": list(start.shape)}
-    result = start
-    if name in parts.bank:
-        entry["action"] = "trained"
-        result = _read_trained(parts.bank_path, name)
-        entry |= _idle_experts(name, result)
-    elif name in parts.lora.pairs:
-        entry["action"] = "merged"
-        result = parts.lora.fold(name, parts.base_weight(name))
-    elif name in parts.quantized:
-        result = parts.base_weight(name)
-    entry["quantized"] = name in parts.quantized
-    merged = result.to(getattr(torch, dtype))
-    entry["norm"] = _rounded(start.float().norm().item())
-    entry["change"] = _rounded((merged.float() - start.float()).norm().item())
-    entry["dtype"] = dtype_code(dtype)
-    if not merged.isfinite().all():
-        raise ModelError(
-            f"{name} is not a number after the merge: the training diverged, or {dtype} cannot hold it; set merge.dtype to float32."
-        )
-    return merged, entry
-
-
-def _whole_numbers(parts: MergeParts, name: str, start: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A tensor that no fold or cast may touch: a trained bias, or a buffer of the model."""
-    trained = name in parts.bank
-    tensor = _read_trained(parts.bank_path, name) if trained else start
-    assert tensor is not None
-    kind = dtype_code(str(tensor.dtype).removeprefix("torch."))
-    return tensor, {"name": name, "action": "trained" if trained else "copied", "shape": list(tensor.shape), "dtype": kind}
-
-
-def _read_trained(path: Path, name: str) -> torch.Tensor:
-    tensor = read_tensor(path, name)
-    if not tensor.isfinite().all():
-        raise ModelError(f"{path} has a value that is not a number in {name}: the training diverged; train again.")
-    if name.endswith(("adapters.up", "adapters.shared_up")) and not tensor.any():
-        raise ModelError(f"{path} has {name} all zero: no adapter of this layer was trained; look for a frozen part in the training log.")
-    return tensor
-
-
-def _idle_experts(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """Experts whose `up` is still zero: no token ever chose them while training."""
-    if not name.endswith("adapters.up"):
-        return {}
-    idle = (~tensor.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-    return {"idle_experts": idle}
-
-
-def _warn_of_idle_experts(ledger: list[dict[str, Any]]) -> None:
-    idle = {entry["name"]: entry["idle_experts"] for entry in ledger if entry.get("idle_experts")}
-    if idle:
-        first = next(iter(idle))
-        logger.warning("%d layers have experts that no token chose while training (%s: %s)", len(idle), first, idle[first])
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write one of the records beside the weights, so that equal contents are equal bytes."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

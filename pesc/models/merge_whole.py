@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
+from pesc.models.merge_write import write_json
 from pesc.models.mixtral import WEIGHTS_NAME, copy_published
 from pesc.models.proof import LOGIT_TOLERANCE, compare_logits, encode, load, read_prompts, run
 from pesc.models.tensor_files import TensorDirectory, TensorSpec, dtype_code, link_companions, read_header, read_tensor, write_sharded
@@ -26,8 +27,6 @@ _DIGITS = 4
 
 def build(ctx: StageContext, training: dict[str, Any]) -> BuildResult:
     """Publish `ctx.inputs["adapter"]` as a model directory and prove it.  training: what its training.json says."""
-    from pesc.models.merge import write_json
-
     model_dir, weights = ctx.inputs["model"], ctx.inputs["adapter"] / WEIGHTS_NAME
     specs = check_weights(model_dir, weights, training)
     prompts = read_prompts(ctx.inputs["blocks"], ctx.config.proof_prompts)

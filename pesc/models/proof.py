@@ -1,41 +1,47 @@
-"""The proof that a merge lost nothing: the written model against the unmerged one, both in fp32.
+"""The proof that a merge lost nothing: the written model against the unmerged one, both computed in fp32.
 
-The unmerged model is the model of the `model` input with its LoRA loaded and applied by PEFT, and the trained router and bank loaded
-by name; nothing of `pesc.models.merge`'s arithmetic is in it.  Three comparisons:
+The unmerged model is PEFT's own, put together from the files of the training (`pesc.models.trained_reference`).  Four comparisons:
 
-    weights   every weight on disk is PEFT's own merge of that weight, up to one rounding of the dtype on disk.  Sharp whatever the training did.
-    logits    root mean square of the difference over that of the logits, on real prompts.  Shows that the directory as a whole computes the same.
+    settings  config.json is the trained model's, field by field: a factor on the experts that changed would leave every tensor right.
+    weights   every weight on disk is PEFT's own merge of that weight, rounded once; whatever has no LoRA is equal, bit by bit.
+    logits    root mean square of the difference over that of the logits, on real prompts, beside what rounding the weights alone makes of it.
     routing   share of tokens whose set of K experts is the same, for each layer.
 
-The numbers are rounded to three digits: they may still differ between kinds of CPU, as training itself does.
+No model is in memory: each pass reads the weights one module at a time.  The numbers are rounded to three digits: they may still differ between
+kinds of CPU, as training itself does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
+from pesc.models.merge_write import merged_fields
 from pesc.models.tensor_files import TensorDirectory
+from pesc.models.upcycle import read_config
 
 if TYPE_CHECKING:
     import torch
 
     from pesc.models.config import MergeConfig
     from pesc.models.merge import MergeParts
-
-logger = logging.getLogger(__name__)
+    from pesc.models.trained_reference import TrainedReference
 
 MAX_TOKENS = 256
 """Tokens of each prompt that are compared."""
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Allowed root mean square of the difference, relative to the logits'.  A weight in bf16 is off by up to 2^-9, and some hundred of them lie between
 a token and its logits."""
-ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
-"""Allowed difference of a weight relative to its size: one unit in the last place (two for fp32, where the two sums are the only rounding)."""
+ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
+"""Allowed difference of a weight relative to its size: half a unit in the last place (two for fp32, where the two sums are the only rounding)."""
+ROUNDING_SLACK = 2.0
+"""Most that the logits may be off, as a multiple of what rounding the weights alone does to them."""
+_BATCH = 8
+"""Prompts in one pass: each pass reads the whole model."""
 
 
 def read_prompts(blocks_dir: Path, count: int) -> list[str]:
@@ -52,23 +58,39 @@ def prove(parts: MergeParts, merged_dir: Path, prompts: list[str], config: Merge
     """Compare; returns what proof.json holds.  Raises ModelError when a comparison is out of its tolerance."""
     import torch
 
-    tokens = encode(parts.model_dir, prompts)
+    from pesc.models.streamed import streamed_model
+    from pesc.models.trained_reference import TrainedReference
+
+    tokens, written = encode(parts.model_dir, prompts), TensorDirectory(merged_dir)
+    _compare_settings(merged_fields(parts, config), read_config(merged_dir))
     with torch.inference_mode():
-        model = load(parts.model_dir, parts.fields)
-        start = run(model, tokens)
-        unmerged = _apply_training(model, parts)
-        expected = run(unmerged, tokens)
-        weights = _compare_weights(unmerged.merge_and_unload(), merged_dir, config.dtype)
-        del model, unmerged
-        merged = run(load(merged_dir), tokens)
+        trained = TrainedReference(parts)
+        weights = compare_weights(trained, written, config.dtype)
+        start = run(streamed_model(read_config(parts.model_dir), parts.model.read), tokens)
+        expected = run(trained.model, tokens)
+        rounded = run(trained.rounded_model(getattr(torch, config.dtype)), tokens) if config.dtype != "float32" else None
+        merged = run(streamed_model(read_config(merged_dir), written.read), tokens)
     return {
         "tolerance": {"logits": LOGIT_TOLERANCE[config.dtype], "weights": ROUNDING[config.dtype]},
         "prompts": len(tokens),
         "tokens": sum(ids.numel() for ids in tokens),
         "weights": weights,
-        "logits": compare_logits(start, expected, merged, config.dtype),
+        "logits": compare_logits(start, expected, merged, config.dtype, rounded),
         "routing": _compare_routing(expected, merged),
     }
+
+
+def _compare_settings(expected: Mapping[str, Any], found: Mapping[str, Any], where: str = "") -> None:
+    """Raises ModelError naming the first field of the written config.json that is not the trained model's."""
+    for name in sorted(expected.keys() | found.keys()):
+        one, other = expected.get(name), found.get(name)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            _compare_settings(one, other, f"{where}{name}.")
+        raise ModelError(
+            f"The merged config.json has {where}{name} {json.dumps(other)}, but the trained model has {json.dumps(one)}. The merge is refused."
+        )
 
 
 def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
@@ -83,86 +105,97 @@ def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
     return [ids for ids in encoded if ids.numel()]
 
 
-def load(directory: Path, fields: Mapping[str, Any] | None = None) -> Any:
-    """The model of a directory in fp32; with `fields`, as a model of that config.json."""
+def load(directory: Path) -> Any:
+    """The model of a directory, whole, in fp32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory)
-    if fields and "pesc" in fields:
-        config.pesc = fields["pesc"]
-    return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32).eval()
-
-
-def _apply_training(model: Any, parts: MergeParts) -> Any:
-    """The unmerged model: base weights as they were trained against, trained bank, LoRA active.  Every trained tensor must find its place."""
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
-    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in parts.quantized:
-        parameters[name].copy_(parts.base_weight(name))
-    if parts.bank:
-        for name, tensor in load_file(parts.bank_path).items():
-            parameters[name].copy_(tensor)
-    return PeftModel.from_pretrained(model, parts.adapter_dir).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Per prompt: `logits` [S, V] and, by router, the sorted chosen experts [S, K]."""
+    """Per prompt: `logits` [S, V] and, by router, the sorted chosen experts [S, K].  Some prompts at a time, padded on the right."""
     from pesc.moe.layer import sparse_parameters
 
-    if next(sparse_parameters(model), None) is None:
-        return [{"logits": model(input_ids=ids, use_cache=False).logits[0]} for ids in tokens]
-    return [_run_recorded(model, ids) for ids in tokens]
+    recorded = next(sparse_parameters(model), None) is not None
+    results = []
+    for first in range(0, len(tokens), _BATCH):
+        results += _run_batch(model, tokens[first : first + _BATCH], recorded)
+    return results
 
 
-def _run_recorded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    from pesc.moe.balance import RouterRecorder
-
-    with RouterRecorder(model) as recorder:
-        result = {"logits": model(input_ids=ids, use_cache=False).logits[0]}
-    for name, logits in recorder.counted().items():
-        index = recorder.routers[name].select(logits)[0]
-        result[name.removeprefix("base_model.model.")] = index.sort(dim=-1).values
-    return result
-
-
-def _compare_weights(reference: Any, merged_dir: Path, dtype: str) -> dict[str, Any]:
-    """Every tensor on disk against PEFT's own merge in memory, element by element."""
+def _run_batch(model: Any, tokens: list[torch.Tensor], recorded: bool) -> list[dict[str, torch.Tensor]]:
     import torch
 
-    written, parameters = TensorDirectory(merged_dir), dict(reference.named_parameters(remove_duplicate=False))
-    unknown = sorted(set(written.files) - set(parameters) - set(dict(reference.named_buffers())))
-    if unknown:
-        raise ModelError(
-            f"The merged directory has {unknown[0]}, which the unmerged model does not have: this is a defect of the merge; report it."
-        )
-    _compare_buffers(reference, written)
+    from pesc.moe.balance import RouterRecorder
+
+    lengths = [ids.numel() for ids in tokens]
+    ids_BS, mask_BS = (torch.zeros(len(tokens), max(lengths), dtype=torch.long) for _ in range(2))
+    for row, ids in enumerate(tokens):
+        ids_BS[row, : lengths[row]], mask_BS[row, : lengths[row]] = ids[0], 1
+    recorder = RouterRecorder(model) if recorded else None
+    with recorder or contextlib.nullcontext():
+        logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
+    results = [{"logits": logits_SV[:length]} for logits_SV, length in zip(logits_BSV, lengths, strict=True)]
+    for name, logits_TE in (recorder.counted(mask_BS) if recorder else {}).items():
+        index_TK = recorder.routers[name].select(logits_TE)[0].sort(dim=-1).values
+        for result, index_SK in zip(results, index_TK.split(lengths), strict=True):
+            result[name.removeprefix("base_model.model.")] = index_SK
+    return results
+
+
+def compare_weights(trained: TrainedReference, written: TensorDirectory, dtype: str) -> dict[str, Any]:
+    """Every tensor on disk against PEFT's own merge of it, element by element; one tensor, or a piece of one, in memory."""
+    parts = trained.parts
+    tensors = {**parts.model.specs, **parts.bank}
+    for name in sorted(tensors.keys() ^ written.specs.keys()):
+        fault = "has lost" if name in tensors else "has, beyond the trained model,"
+        raise ModelError(f"The merged directory {fault} {name}. The merge is refused; this is a defect of the merge: report it.")
     worst = 0.0
-    for name in sorted(set(written.files) & set(parameters)):
-        expected, found = parameters[name], written.read(name).float()
-        # PEFT and this package sum in another order; where W and the LoRA cancel, that shows relative to the largest weight.
-        allowed = ROUNDING[dtype] * expected.abs() + 2e-6 * expected.abs().max()
-        ratio = torch.where(allowed > 0, (found - expected).abs() / allowed.clamp(min=1e-30), (found - expected).abs()).max().item()
-        if not ratio <= 1:
+    for name in sorted(tensors):
+        if written.specs[name].shape != tensors[name].shape:
             raise ModelError(
-                f"The merged {name} is not the trained one: it is off by {(found - expected).abs().max().item():.3g} where "
-                f"{dtype} allows one rounding. The merge is refused; this is a defect of the merge or of the adapter's files."
+                f"The merged {name} is {list(written.specs[name].shape)}, but the trained one is {list(tensors[name].shape)}. The merge is refused."
             )
-        worst = max(worst, ratio)
-    return {"compared": len(set(written.files) & set(parameters)), "worst_share_of_tolerance": _digits(worst)}
+        if trained.is_merged(name):
+            worst = max(worst, _compare_merged(trained, name, written.read(name), dtype))
+        else:
+            _compare_equal(trained, name, written)
+    return {"compared": len(tensors), "worst_share_of_tolerance": _digits(worst)}
 
 
-def _compare_buffers(reference: Any, written: TensorDirectory) -> None:
-    """What is counted and not rounded, such as the routers' biases: equal, or the merge is refused."""
-    for name, buffer in reference.named_buffers():
-        if name in written.files and not written.read(name).equal(buffer.to(written.read(name).dtype)):
-            raise ModelError(f"The merged {name} is not the trained one. The merge is refused; this is a defect of the merge: report it.")
+def _compare_merged(trained: TrainedReference, name: str, found_OI: torch.Tensor, dtype: str) -> float:
+    """The written weight is the sum rounded to nearest, wherever in the error of an fp32 sum the sum may lie; returns the share of half a unit."""
+    base_OI, delta_OI = trained.base_and_delta(name)
+    expected_OI = base_OI + delta_OI
+    # PEFT and this package sum up in another order; where the products cancel, that shows relative to the largest.
+    error_OI = 2.0**-22 * expected_OI.abs() + 2.0**-16 * delta_OI.abs().max()
+    low_OI, high_OI = ((expected_OI + sign * error_OI).to(found_OI.dtype) for sign in (-1, 1))
+    if not ((low_OI <= found_OI) & (found_OI <= high_OI)).all():
+        raise ModelError(_not_trained(name, found_OI.float(), expected_OI))
+    off_OI = (found_OI.float() - expected_OI).abs()
+    return (off_OI / (ROUNDING[dtype] * expected_OI.abs() + error_OI).clamp(min=1e-30)).max().item()
 
 
-def compare_logits(start: list, expected: list, merged: list, dtype: str) -> dict[str, Any]:
-    """How far the merged logits are from the expected ones, and those from the start's.  Raises ModelError above the tolerance of `dtype`."""
+def _compare_equal(trained: TrainedReference, name: str, written: TensorDirectory) -> None:
+    for found, expected in zip(written.pieces(name), trained.pieces(name), strict=True):
+        if not found.equal(expected.to(found.dtype)):
+            raise ModelError(_not_trained(name, found.float(), expected.float()))
+
+
+def _not_trained(name: str, found: torch.Tensor, expected: torch.Tensor) -> str:
+    return (
+        f"The merged {name} is not the trained one: it is off by up to {(found - expected).abs().max().item():.3g}, which no rounding explains. "
+        "The merge is refused; this is a defect of the merge or of the adapter's files."
+    )
+
+
+def compare_logits(start: list, expected: list, merged: list, dtype: str, rounded: list | None = None) -> dict[str, Any]:
+    """How far the merged logits are from the expected ones, and those from the start's.
+
+    rounded: logits of the expected weights rounded to `dtype`.  Raises ModelError above the tolerance of `dtype`, or when the merged logits are
+    further off than rounding alone explains.
+    """
     import torch
 
     reference, found, before = (torch.cat([result["logits"] for result in results]) for results in (expected, merged, start))
@@ -175,10 +208,17 @@ def compare_logits(start: list, expected: list, merged: list, dtype: str) -> dic
             f"The merged model's logits differ from the unmerged model's by {relative:.2%} (root mean square), more than the {LOGIT_TOLERANCE[dtype]:.2%} "
             f"that rounding to {dtype} explains. The merge is refused; merge.dtype=float32 shows whether rounding is the cause."
         )
+    alone = ((torch.cat([result["logits"] for result in rounded]) - reference).square().mean().sqrt() / scale).item() if rounded else 0.0
+    if rounded and not relative <= ROUNDING_SLACK * alone + LOGIT_TOLERANCE["float32"]:
+        raise ModelError(
+            f"The merged model's logits differ from the unmerged model's by {relative:.2%} (root mean square), but rounding its weights to {dtype} makes "
+            f"only {alone:.2%} of that. The merge is refused; this is a defect of the merge: report it."
+        )
     agreement = (found.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return {
         "max_difference": _digits(difference.abs().max().item()),
         "relative_rms_difference": _digits(relative),
+        "relative_rms_of_rounding": _digits(alone),
         "relative_rms_effect_of_training": _digits(effect),
         "same_top_token": _digits(agreement),
     }

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_WRITERS = 4
 """Threads of `write_chunks`: they draw random numbers, and a disk is busy with fewer."""
+PIECE_ELEMENTS = 1 << 21
+"""Values of a tensor in memory at a time, where it is read in pieces."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -122,6 +124,10 @@ class TensorDirectory:
         """One tensor, on the CPU."""
         return read_tensor(self.directory / self.files[name], name)
 
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The values of one tensor in order, in flat pieces of at most `PIECE_ELEMENTS`."""
+        return read_pieces(self.directory / self.files[name], name)
+
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """One row of the first dimension of a tensor, on the CPU; the rest is not read."""
         from safetensors import safe_open
@@ -136,6 +142,23 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
     with safe_open(path, framework="pt", device="cpu") as file:
         return file.get_tensor(name)
+
+
+def read_pieces(path: Path, name: str, start: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
+    """Values `start` to `end` of a tensor of one safetensors file, in flat pieces; plain reads, so that no page of a mapping stays in memory."""
+    import torch
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        dtype, width = getattr(torch, dtype_name(entry["dtype"])), DTYPE_BYTES[entry["dtype"]]
+        end = math.prod(entry["shape"]) if end is None else end
+        file.seek(8 + length + entry["data_offsets"][0] + start * width)
+        for done in range(start, end, PIECE_ELEMENTS):
+            data = bytearray(min(PIECE_ELEMENTS, end - done) * width)
+            if file.readinto(data) != len(data):
+                raise ModelError(f"{path} ended inside {name}: it was changed while it was read; download or write it again.")
+            yield torch.frombuffer(data, dtype=dtype)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

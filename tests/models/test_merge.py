@@ -65,7 +65,7 @@ def test_merged_equals_unmerged(world, tmp_path, arm, dtype):
     assert sum(entry["action"] == "merged" for entry in ledger) == 2 * len(PROJECTIONS)
     assert sum(entry["action"] == "trained" for entry in ledger) == (6 if model == "sparse" else 0)
     assert {entry["name"] for entry in ledger} == set(TensorDirectory(tmp_path / "out").files)
-    assert all((entry["change"] > 0) == (entry["action"] != "copied") for entry in ledger)
+    assert all((entry["change"] > 0) == (entry["action"] not in ("copied", "linked")) for entry in ledger)
 
 
 def test_the_merged_directory_is_complete_and_keeps_tied_embeddings(world, tmp_path):
@@ -82,7 +82,7 @@ def test_the_merged_directory_is_complete_and_keeps_tied_embeddings(world, tmp_p
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "qwen3_5_text", "youtu"])
 def test_other_architectures_merge(world, tmp_path, model_type):
     """Biases on q, k, v; tied embeddings, soft caps and norms after the FFN."""
     save_sparse(save_dense(tmp_path / "dense", model_type), tmp_path / "sparse")
@@ -98,6 +98,26 @@ def test_the_dense_control_stays_what_it_was(world, tmp_path):
     merge(world, "dense", world / "qlora", tmp_path / "out")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is LlamaForCausalLM
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_a_shard_in_which_nothing_changes_is_linked(world, tmp_path):
+    """The embedding has a shard of its own, and no LoRA."""
+    small = save_sparse(save_dense(tmp_path / "dense", tie_word_embeddings=True, shard_size="18KB"), tmp_path / "small")
+    merge(world, small, world / "pesc", tmp_path / "out")
+    ledger = json.loads((tmp_path / "out/ledger.json").read_text())["tensors"]
+    linked = [entry["name"] for entry in ledger if entry["action"] == "linked"]
+    start, merged = TensorDirectory(small), TensorDirectory(tmp_path / "out")
+    assert "model.embed_tokens.weight" in linked
+    for name in start.files:
+        same = (small / start.files[name]).samefile(tmp_path / "out" / merged.files[name])
+        assert same == (name in linked), name
+    _model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+
+
+def test_nothing_is_linked_into_another_dtype(world, tmp_path):
+    merge(world, "sparse", world / "pesc", tmp_path / "out", dtype="float32")
+    assert not any(entry["action"] == "linked" for entry in json.loads((tmp_path / "out/ledger.json").read_text())["tensors"])
 
 
 def test_merging_twice_gives_the_same_bytes(world, tmp_path):
@@ -207,8 +227,13 @@ def test_a_wrong_scaling_fails_the_proof(world, tmp_path, monkeypatch):
     """A defect that no check of names and shapes can see: the fold itself is wrong."""
     from pesc.models.lora import LoraAdapter
 
-    delta = LoraAdapter.delta
-    monkeypatch.setattr(LoraAdapter, "delta", lambda self, weight: delta(self, weight) * (0.5 if "layers.1.mlp.up_proj" in weight else 1))
+    matrices = LoraAdapter.matrices
+
+    def spoilt(self, weight):
+        a_RI, b_OR = matrices(self, weight)
+        return a_RI, b_OR * (0.5 if "layers.1.mlp.up_proj" in weight else 1)
+
+    monkeypatch.setattr(LoraAdapter, "matrices", spoilt)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not the trained one"):
         merge(world, "sparse", world / "pesc", tmp_path / "out")
 
