@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
+from pesc.models.identity import model_digest
 from pesc.models.lora import LoraAdapter, read_lora
 from pesc.models.merge_write import write_json, write_merged
+from pesc.models.new_directory import emptied_on_failure
 from pesc.models.tensor_files import TensorDirectory, TensorSpec, read_header
 from pesc.models.upcycle import BANK_NAME, check_complete, read_config
 from pesc.stage import BuildResult, StageContext
@@ -32,15 +34,20 @@ if TYPE_CHECKING:
 
 
 def build(ctx: StageContext) -> BuildResult:
-    """Merge `ctx.inputs["adapter"]` into `ctx.inputs["model"]` and prove it on prompts of `ctx.inputs["blocks"]`."""
+    """Merge `ctx.inputs["adapter"]` into `ctx.inputs["model"]` and prove it on prompts of `ctx.inputs["blocks"]`; refused, `ctx.out` is empty."""
     from pesc.models import merge_whole
-    from pesc.models.proof import prove, read_prompts
 
     training = read_training(ctx.inputs["adapter"])
-    if training["config"].get("method") == "upcycle-full":
-        return merge_whole.build(ctx, training)
+    with emptied_on_failure(ctx.out):
+        return merge_whole.build(ctx, training) if training["config"].get("method") == "upcycle-full" else _merge(ctx)
+
+
+def _merge(ctx: StageContext) -> BuildResult:
+    from pesc.models.proof import encode, prove, read_prompts
+
     parts = read_parts(ctx.inputs["model"], ctx.inputs["adapter"], ctx.config)
     prompts = read_prompts(ctx.inputs["blocks"], ctx.config.proof_prompts)
+    encode(parts.model_dir, prompts)  # a tokenizer of another model is found before anything is written
     ledger = write_merged(parts, ctx.out, ctx.config, ctx.progress)
     ctx.progress(0, 1, unit="proofs", message="comparing the merged model with the unmerged one")
     proof = prove(parts, ctx.out, prompts, ctx.config)
@@ -84,6 +91,7 @@ def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> Merge
     fields, model = read_config(model_dir), TensorDirectory(model_dir)
     check_complete(fields, model.specs, model_dir)
     training = read_training(trained_dir)
+    check_same_model(training, model_dir, trained_dir)
     lora = read_lora(trained_dir / "adapter", model.specs)
     fields = with_trained_options(fields, training["config"])
     bank = _read_bank(trained_dir / BANK_NAME, {**model.specs, **_bias_specs(fields, model.specs)})
@@ -113,10 +121,23 @@ def read_training(trained_dir: Path) -> dict[str, Any]:
     path = trained_dir / "training.json"
     if not path.is_file():
         raise ModelError(f"{trained_dir} has no training.json: the training did not finish; run `train` again.")
-    training = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        training = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}): run `train` again.") from error
     if not isinstance(training.get("config"), dict) or not isinstance(training.get("trainable"), list):
         raise ModelError(f"{path} lacks `config` or `trainable`: it was written by another version; run `train` again.")
     return training
+
+
+def check_same_model(training: Mapping[str, Any], model_dir: Path, trained_dir: Path) -> None:
+    """Raises ModelError when the training says that it was of another model.  One that says nothing is of an earlier version."""
+    trained_on = (training.get("facts") or {}).get("model_digest")
+    if trained_on is not None and trained_on != (found := model_digest(model_dir)):
+        raise ModelError(
+            f"{trained_dir} was trained on another model (digest {trained_on[:12]}) than {model_dir} ({found[:12]}): merge it into the model that it "
+            "was trained on."
+        )
 
 
 def with_trained_options(fields: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:

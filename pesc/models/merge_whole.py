@@ -27,9 +27,13 @@ _DIGITS = 4
 
 def build(ctx: StageContext, training: dict[str, Any]) -> BuildResult:
     """Publish `ctx.inputs["adapter"]` as a model directory and prove it.  training: what its training.json says."""
+    from pesc.models.merge import check_same_model
+
     model_dir, weights = ctx.inputs["model"], ctx.inputs["adapter"] / WEIGHTS_NAME
+    check_same_model(training, model_dir, ctx.inputs["adapter"])
     specs = check_weights(model_dir, weights, training)
     prompts = read_prompts(ctx.inputs["blocks"], ctx.config.proof_prompts)
+    encode(model_dir, prompts)  # a tokenizer of another model is found before anything is written
     ledger = write_whole(model_dir, weights, specs, ctx.out, ctx.config, ctx.progress)
     write_json(ctx.out / "ledger.json", {"base": "trained", "tensors": ledger})
     ctx.progress(0, 1, unit="proofs", message="comparing the written model with the trained one")

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pesc.errors import CancelledError, ModelError
+from pesc.errors import CancelledError, ModelError, StoreError, disk_sentence
 from pesc.store.store import sync_path
 
 
@@ -45,6 +45,19 @@ def new_directory(out: Path) -> Iterator[Path]:
             raise CancelledError(f"Interrupted: nothing was written to {out}.") from None
         if isinstance(error, OSError):
             raise ModelError(_sentence(error, out)) from error
+        raise
+
+
+@contextlib.contextmanager
+def emptied_on_failure(out: Path) -> Iterator[None]:
+    """For a directory that is there already: whatever stops the work inside, nothing is left in it.  A disk that refuses is a StoreError."""
+    try:
+        yield
+    except BaseException as error:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if isinstance(error, OSError) and (sentence := disk_sentence(error, out.parent)):
+            raise StoreError(sentence) from error
         raise
 
 

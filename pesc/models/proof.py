@@ -101,8 +101,20 @@ def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
 
     pesc.models.register()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    _check_fits(tokenizer, model_dir)
     encoded = [tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[:, :MAX_TOKENS] for prompt in prompts]
     return [ids for ids in encoded if ids.numel()]
+
+
+def _check_fits(tokenizer: Any, model_dir: Path) -> None:
+    """Raises ModelError when the tokenizer has a token that the embedding has no row for."""
+    rows = read_config(model_dir).get("vocab_size")
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if rows is not None and last >= rows:
+        raise ModelError(
+            f"The tokenizer of {model_dir} has the token {token!r} with the number {last}, but the embedding has {rows} rows: it belongs to another "
+            "model; put that model's own tokenizer beside its weights."
+        )
 
 
 def load(directory: Path) -> Any:
@@ -137,7 +149,9 @@ def _run_batch(model: Any, tokens: list[torch.Tensor], recorded: bool) -> list[d
     with recorder or contextlib.nullcontext():
         logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
     results = [{"logits": logits_SV[:length]} for logits_SV, length in zip(logits_BSV, lengths, strict=True)]
-    for name, logits_TE in (recorder.counted(mask_BS) if recorder else {}).items():
+    if recorder is None:
+        return results
+    for name, logits_TE in recorder.counted(mask_BS).items():
         index_TK = recorder.routers[name].select(logits_TE)[0].sort(dim=-1).values
         for result, index_SK in zip(results, index_TK.split(lengths), strict=True):
             result[name.removeprefix("base_model.model.")] = index_SK

@@ -161,6 +161,17 @@ def read_pieces(path: Path, name: str, start: int = 0, end: int | None = None) -
             yield torch.frombuffer(data, dtype=dtype)
 
 
+def read_sample(path: Path, name: str, size: int) -> bytes:
+    """The first and the last `size` bytes of a tensor of one safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        head = file.read(min(size, end - start))
+        file.seek(8 + length + max(start, end - size))
+        return head + file.read(min(size, end - start))
+
+
 def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an index.  Raises ModelError when it is not one, or names a file that is not beside it."""
     try:

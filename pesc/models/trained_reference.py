@@ -71,7 +71,7 @@ class TrainedReference:
         """The trained model merged by PEFT, its weights rounded to `dtype`, computing in fp32."""
 
         def read(name: str) -> torch.Tensor:
-            tensor = sum(self.base_and_delta(name)) if self.is_merged(name) else self._base(name)
+            tensor = torch.add(*self.base_and_delta(name)) if self.is_merged(name) else self._base(name)
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         return streamed_model(self.parts.fields, read)

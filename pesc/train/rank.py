@@ -93,6 +93,7 @@ def _train(job: Job, rank: int, heartbeat: Heartbeat) -> None:
 
 def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
     """Write the result (or not, when the run was interrupted) and the status."""
+    from pesc.models.identity import model_digest
     from pesc.train.result import gather_trained, write_result
 
     job, is_first = trainer.job, trainer.args.local_process_index == 0
@@ -111,6 +112,7 @@ def _finish(trainer: Any, groups: list, measured: dict[str, Any]) -> None:
             "tokens": sum(line["tokens"] for line in lines),
             "loss_first": losses[0],
             "loss_last": losses[-1],
+            "model_digest": model_digest(job.model),
         }
         if looks := trainer.history.held_out:
             facts |= {"held_out_first": looks[0], "held_out_last": looks[-1]}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import pesc.models
 from pesc.models.config import UpcycleConfig
 from pesc.models.factory import architecture, sparse_config
+from pesc.models.identity import model_digest
 from pesc.models.upcycle import upcycle_directory
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.config import PescConfig
@@ -149,6 +150,7 @@ def save_trained(model_dir: Path, directory: Path, steps: int = 6, quantization:
     training = {
         "config": {"method": "pesc" if bank else "qlora", "quantization": quantization, "compute_dtype": "bfloat16"},
         "trainable": trainable,
+        "facts": {"model_digest": model_digest(model_dir)},
     }
     (directory / "training.json").write_text(json.dumps(training))
     return directory

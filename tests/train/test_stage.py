@@ -12,6 +12,7 @@ import pytest
 
 from pesc.errors import DataError, InterruptedStageError, PescError, PreemptedError, RecipeError, TrainingFailedError
 from pesc.launch.supervise import Outcome, child_environment
+from pesc.models.identity import model_digest
 from pesc.stage import Execution
 from pesc.train import checkpoints, order, stage
 from pesc.train.job import Status, record_error, write_status
@@ -214,6 +215,7 @@ def test_the_record_is_complete(run):
         "tokens": sum(line["tokens"] for line in lines),
         "loss_first": lines[0]["loss"],
         "loss_last": lines[3]["loss"],
+        "model_digest": model_digest(ctx.inputs["model"]),
     }
     assert [(line["step"], line["lr"]) for line in lines] == [(1, 5e-4), (2, 1e-3), (3, 1e-3), (4, 1e-3)]
     assert all(len(line["experts"]["entropy"]) == 2 and line["grad_norm"] > 0 for line in lines)
