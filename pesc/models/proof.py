@@ -108,8 +108,12 @@ def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
 
 def _check_fits(tokenizer: Any, model_dir: Path) -> None:
     """Raises ModelError when the tokenizer has a token that the embedding has no row for."""
+    from tokenizers import Tokenizer
+
     rows = read_config(model_dir).get("vocab_size")
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    path = model_dir / "tokenizer.json"  # a class may add special tokens of its own, which no text of this model has
+    vocabulary = Tokenizer.from_file(str(path)).get_vocab() if path.is_file() else tokenizer.get_vocab()
+    token, last = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if rows is not None and last >= rows:
         raise ModelError(
             f"The tokenizer of {model_dir} has the token {token!r} with the number {last}, but the embedding has {rows} rows: it belongs to another "

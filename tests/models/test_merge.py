@@ -200,8 +200,12 @@ def test_a_missing_bank_is_refused(world, spoiled, tmp_path):
 
 
 def test_a_bank_for_a_dense_model_is_refused(world, spoiled, tmp_path):
-    with pytest.raises(ModelError, match="the model does not have"):
+    with pytest.raises(ModelError, match="was trained on another model"):
         merge(world, "dense", spoiled, tmp_path / "out")
+    training = json.loads((spoiled / "training.json").read_text())
+    (spoiled / "training.json").write_text(json.dumps({name: training[name] for name in ("config", "trainable")}))
+    with pytest.raises(ModelError, match="the model does not have"):
+        merge(world, "dense", spoiled, tmp_path / "again")
 
 
 @pytest.mark.parametrize(("group", "field"), [("lora", "tensors"), ("bank", "parameters"), ("router", "tensors")])
@@ -246,9 +250,10 @@ def test_rank_stabilised_scaling_is_honoured(world, tmp_path):
 
 def test_no_prompt_means_no_proof_means_no_merge(world, tmp_path):
     (tmp_path / "blocks").mkdir()
+    (tmp_path / "out").mkdir()
     inputs = {"model": world / "dense", "adapter": world / "qlora", "blocks": tmp_path / "blocks"}
     with pytest.raises(ModelError, match="has no prompt"):
-        build(StageContext("merge[qlora]", MergeConfig(), inputs, tmp_path, tmp_path))
+        build(StageContext("merge[qlora]", MergeConfig(), inputs, tmp_path / "out", tmp_path))
 
 
 def test_an_expert_that_no_token_chose_is_in_the_ledger(world, spoiled, tmp_path, caplog):
