@@ -29,6 +29,24 @@ def convert(
     print(render(rows))
 
 
+@bench.command()
+def merge(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where to write, on the disk to measure. Default: the temporary directory.", metavar="DIR")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes: seconds instead of minutes.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each shape; the median is shown.")] = 1,
+) -> None:
+    """Merging of 0.5B, 2B and 7B shapes (40 GB of disk): throughput against a plain copy of the same bytes, and peak memory."""
+    from pesc.bench.convert import QUICK_SHAPES, SHAPES
+    from pesc.bench.merge import measure, render
+    from pesc.console import progress_bar
+
+    with progress_bar("bench merge") as progress:
+        rows = measure(QUICK_SHAPES if quick else SHAPES, directory, repeats, progress)
+    print(render(rows))
+
+
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda when there is a GPU.")]
 

@@ -133,19 +133,28 @@ class _Tensor:
             return
         target, moved = getattr(torch, self.dtype), False
         for start, result in self._results():
-            merged, before = result.to(target), start.float()
-            if not merged.isfinite().all():
-                raise ModelError(self._not_finite(result))
-            difference = merged.float() - before
-            moved = moved or bool(difference.any())
-            self._squares["norm"] += _sum_of_squares(before)
-            self._squares["change"] += _sum_of_squares(difference)
+            merged = result.to(target)
+            moved = self._measure(start, merged, result) or moved
             yield merged
         self.entry |= {name: _rounded(math.sqrt(value)) for name, value in self._squares.items()}
         if not moved and self.entry["action"] in ("merged", "trained"):
             raise ModelError(self._not_moved())
         if self.name.endswith("adapters.up"):
             self.entry["idle_experts"] = self._idle_experts()
+
+    def _measure(self, start: torch.Tensor, merged: torch.Tensor, result: torch.Tensor) -> bool:
+        """Add a piece to the norms; whether it moved."""
+        before = start.float()
+        norm, change, moved = _sum_of_squares(before), 0.0, False
+        if merged is not start:
+            difference = merged.float().sub_(before)
+            change = _sum_of_squares(difference)
+            moved = change > 0 or bool(difference.any())  # the square of a small change may be zero
+        if not math.isfinite(norm + change) and not merged.isfinite().all():
+            raise ModelError(self._not_finite(result))
+        self._squares["norm"] += norm
+        self._squares["change"] += change
+        return moved
 
     def _results(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Piece by piece: the values of the start, and the merged ones before rounding."""
@@ -162,15 +171,16 @@ class _Tensor:
 
     def _folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows of W and of W + scaling · B · A."""
+        import torch
+
         a_RI, b_OR = self.parts.lora.matrices(self.name)
         width, rows = a_RI.shape[1], max(1, PIECE_ELEMENTS // a_RI.shape[1])
         whole = self.parts.base_weight(self.name) if self.name in self.parts.quantized else None
         source = self.parts.model.directory / self.parts.model.files[self.name]
-        for row in range(0, len(b_OR), rows):
-            b_PR = b_OR[row : row + rows]
-            for start in read_pieces(source, self.name, row * width, (row + len(b_PR)) * width):
-                base = start if whole is None else whole[row : row + rows].flatten()
-                yield start, base.float() + (self.parts.lora.scaling * (b_PR @ a_RI)).flatten()
+        starts = read_pieces(source, self.name, size=rows * width)
+        for number, (b_PR, start) in enumerate(zip(b_OR.split(rows), starts, strict=True)):
+            base = start if whole is None else whole[number * rows : (number + 1) * rows].flatten()
+            yield start, torch.add(base.float(), (b_PR @ a_RI).flatten(), alpha=self.parts.lora.scaling)
 
     def _whole_numbers(self) -> Iterator[torch.Tensor]:
         """A tensor that no fold or cast may touch: a trained bias, or a buffer of the model."""

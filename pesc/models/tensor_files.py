@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_WRITERS = 4
 """Threads of `write_chunks`: they draw random numbers, and a disk is busy with fewer."""
-PIECE_ELEMENTS = 1 << 21
+PIECE_ELEMENTS = 1 << 19
 """Values of a tensor in memory at a time, where it is read in pieces."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -144,8 +144,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def read_pieces(path: Path, name: str, start: int = 0, end: int | None = None) -> Iterator[torch.Tensor]:
-    """Values `start` to `end` of a tensor of one safetensors file, in flat pieces; plain reads, so that no page of a mapping stays in memory."""
+def read_pieces(path: Path, name: str, start: int = 0, end: int | None = None, size: int = PIECE_ELEMENTS) -> Iterator[torch.Tensor]:
+    """Values `start` to `end` of a tensor of one safetensors file, in flat pieces of `size`; plain reads, so that no page of a mapping stays in memory."""
     import torch
 
     with path.open("rb") as file:
@@ -154,8 +154,8 @@ def read_pieces(path: Path, name: str, start: int = 0, end: int | None = None) -
         dtype, width = getattr(torch, dtype_name(entry["dtype"])), DTYPE_BYTES[entry["dtype"]]
         end = math.prod(entry["shape"]) if end is None else end
         file.seek(8 + length + entry["data_offsets"][0] + start * width)
-        for done in range(start, end, PIECE_ELEMENTS):
-            data = bytearray(min(PIECE_ELEMENTS, end - done) * width)
+        for done in range(start, end, size):
+            data = bytearray(min(size, end - done) * width)
             if file.readinto(data) != len(data):
                 raise ModelError(f"{path} ended inside {name}: it was changed while it was read; download or write it again.")
             yield torch.frombuffer(data, dtype=dtype)
