@@ -147,7 +147,7 @@ class _Tensor:
         before = start.float()
         norm, change, moved = _sum_of_squares(before), 0.0, False
         if merged is not start:
-            difference = merged.float().sub_(before)
+            difference = merged - before  # in fp32
             change = _sum_of_squares(difference)
             moved = change > 0 or bool(difference.any())  # the square of a small change may be zero
         if not math.isfinite(norm + change) and not merged.isfinite().all():
