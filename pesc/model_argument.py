@@ -42,7 +42,6 @@ class ModelPlace:
 def find_model(argument: str, store_root: Path, template: str | None = None) -> ModelPlace:
     """The model that MODEL names.  `template` is the option --chat-template: chatml, pesc, or a file.
 
-    A model of a recipe that was trained with a template of this package talks in that one, unless `template` says otherwise.
     Raises ModelError (or RecipeError) for what is not there, not built, or no whole model.
     """
     directory, recipe, address = Path(argument).expanduser(), None, ""
@@ -51,8 +50,7 @@ def find_model(argument: str, store_root: Path, template: str | None = None) -> 
         recipe = load_recipe(name)
         directory = _built(recipe, name, address, Store(store_root))
     fields = _check_whole(directory, argument)
-    trained_with = TEMPLATES.get(recipe.tokenize.chat_template) if recipe else None
-    return ModelPlace(directory, argument, fields, trained_with if template is None else _read_template(template), recipe, address)
+    return ModelPlace(directory, argument, fields, None if template is None else _read_template(template), recipe, address)
 
 
 def _built(recipe: Recipe, name: str, address: str, store: Store) -> Path:

@@ -109,7 +109,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "tokenize",
         TokenizeConfig,
-        2,
+        3,
         "pesc.data.tokenization:build",
         (
             "pesc.data.tokenization",

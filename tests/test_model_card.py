@@ -12,7 +12,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pesc import cli, pipeline
-from pesc.data.chat import TEMPLATES
 from pesc.model_card import render_model_card
 from pesc.plan import Selection
 from pesc.recipe import recipe_from_dict
@@ -71,7 +70,7 @@ def pesc(monkeypatch, capsys):
     return run
 
 
-def test_an_export_from_the_store_has_its_card_and_its_trained_template(world, store, tmp_path, pesc):
+def test_an_export_from_the_store_has_its_card(world, store, tmp_path, pesc):
     recipe, path = world
     done = run_recipe(recipe, store)
     out = tmp_path / "out"
@@ -94,10 +93,8 @@ def test_an_export_from_the_store_has_its_card_and_its_trained_template(world, s
     assert "- **Tokens**: 4,321 (blocks 97.00 % full)" in text
     assert "### The mixture" in text
     assert str(tmp_path) not in text, "paths of this machine mean nothing to others"
-    assert (out / "chat_template.jinja").read_text() == TEMPLATES["pesc"]
     built = store.open(done["merge[pesc]"].ref)
     assert (built / "README.md").read_text() == "the card of the base", "the store is as it was"
-    assert (built / "chat_template.jinja").read_text() != TEMPLATES["pesc"]
 
 
 def test_a_published_layout_says_how_it_is_read(world, store, tmp_path, pesc):

@@ -4,6 +4,7 @@ Writes
 - blocks-00000.arrow …: packed blocks of the mixture (layout: `block_files.py`).
 - heldout-00000.arrow …: packed blocks of the mix's held-out rows, domain by domain, each block with its domain.
 - prompts.json: rendered prompts of held-out rows.  - stats.json: counts, fill, what was dropped and why.
+- chat_template.jinja: the template, where it is not the model's own; the merged model talks in it.
 
 Rows are tokenised in shards by `ctx.map_shards`, then packed all at once, so neither shards nor workers show in the result.
 """
@@ -68,6 +69,8 @@ def build(ctx: StageContext) -> BuildResult:
     stats["heldout"] = _write_held_out(ctx, held_out)
     _write_json(ctx.out / "prompts.json", prompts)
     _write_json(ctx.out / "stats.json", stats)
+    if encoder.renderer.template is not None:
+        (ctx.out / "chat_template.jinja").write_text(encoder.renderer.template, encoding="utf-8")
     shutil.rmtree(_scratch(ctx))
     log.info("%d rows, %d tokens, %d blocks, fill %.2f %%", stats["rows"], stats["tokens"], len(blocks), 100 * stats["fill"])
     return BuildResult(metrics={key: stats[key] for key in ("rows", "blocks", "tokens", "supervised_tokens", "fill")})

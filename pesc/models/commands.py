@@ -21,8 +21,7 @@ from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
 
 if TYPE_CHECKING:
-    from pesc.model_argument import ModelPlace
-    from pesc.store import Store
+    pass
 
 FORMATS = ("camelidae", "sparsetral", "remote-code")
 _DEFAULTS = UpcycleConfig()
@@ -166,10 +165,11 @@ def export(
 ) -> None:
     """Write a sparse model for others: in a published layout, or with its own code (`trust_remote_code=True`).
 
-    A model of the store gets its model card (README.md), and the chat template that it was trained with.
+    A model of the store gets its model card (README.md).
     """
     from pesc.console import progress_bar
     from pesc.model_argument import find_model
+    from pesc.model_card import write_model_card
     from pesc.models.new_directory import new_directory
     from pesc.settings import store_root
     from pesc.store import Store
@@ -186,20 +186,9 @@ def export(
             from pesc.models.export_published import export_published
 
             export_published(place.directory, building, format_name, progress)
-        _add_what_the_recipe_knows(place, building, Store(store or store_root()))
+        if place.recipe is not None:
+            write_model_card(place.recipe, place.address, Store(store or store_root()), building)
     print(out)
-
-
-def _add_what_the_recipe_knows(place: ModelPlace, building: Path, store: Store) -> None:
-    """The card of a model in the store, and a chat template that is not the tokenizer's own."""
-    from pesc.model_card import write_model_card
-
-    if place.recipe is None:
-        return
-    if place.template is not None:
-        (building / "chat_template.jinja").unlink(missing_ok=True)  # a hard link
-        (building / "chat_template.jinja").write_text(place.template, encoding="utf-8")
-    write_model_card(place.recipe, place.address, store, building)
 
 
 def _print_model(counts: Mapping[str, Any], used: str, out: Path) -> None:

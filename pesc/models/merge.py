@@ -14,6 +14,7 @@ Key contracts
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,17 @@ def build(ctx: StageContext) -> BuildResult:
 
     training = read_training(ctx.inputs["adapter"])
     with emptied_on_failure(ctx.out):
-        return merge_whole.build(ctx, training) if training["config"].get("method") == "upcycle-full" else _merge(ctx)
+        result = merge_whole.build(ctx, training) if training["config"].get("method") == "upcycle-full" else _merge(ctx)
+        take_template(ctx.inputs["blocks"], ctx.out)
+        return result
+
+
+def take_template(blocks_dir: Path, out_dir: Path) -> None:
+    """The chat template of the training in place of the model's own, where they differ: the merged model is to be asked as it was taught."""
+    trained, path = blocks_dir / "chat_template.jinja", out_dir / "chat_template.jinja"
+    if trained.is_file():
+        path.unlink(missing_ok=True)  # a link to the model's
+        shutil.copyfile(trained, path)
 
 
 def _merge(ctx: StageContext) -> BuildResult:

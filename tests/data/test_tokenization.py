@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pesc.data import token_shards, tokenization
-from pesc.data.chat import CHATML
+from pesc.data.chat import CHATML, TEMPLATES
 from pesc.data.config import TokenizeConfig
 from pesc.data.encoding import IGNORED, RowEncoder
 from pesc.data.tokenization import build
@@ -111,6 +111,13 @@ def test_statistics_are_those_of_the_blocks(tmp_path, model):
 
 def test_the_same_mixture_gives_the_same_bytes(tmp_path, model):
     assert tree_bytes(run(tmp_path, model, context_length=64)[0]) == tree_bytes(run(tmp_path, model, name="again", context_length=64)[0])
+
+
+@pytest.mark.parametrize("name", ["model", "chatml", "pesc"])
+def test_a_template_that_is_not_the_models_own_goes_with_the_blocks(tmp_path, model, name):
+    out, _ = run(tmp_path, model, chat_template=name)
+    written = out / "chat_template.jinja"
+    assert (written.read_text() if written.exists() else None) == TEMPLATES.get(name)
 
 
 def test_workers_and_shards_do_not_show_in_the_bytes(tmp_path, model, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from pesc.data.chat import TEMPLATES
 from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
 from pesc.models.lora import read_lora
@@ -66,6 +67,20 @@ def test_merged_equals_unmerged(world, tmp_path, arm, dtype):
     assert sum(entry["action"] == "trained" for entry in ledger) == (6 if model == "sparse" else 0)
     assert {entry["name"] for entry in ledger} == set(TensorDirectory(tmp_path / "out").files)
     assert all((entry["change"] > 0) == (entry["action"] not in ("copied", "linked")) for entry in ledger)
+
+
+def test_a_merged_model_talks_in_the_template_that_it_was_trained_with(world, tmp_path):
+    model, blocks = tmp_path / "sparse", tmp_path / "blocks"
+    shutil.copytree(world / "sparse", model)
+    (model / "chat_template.jinja").write_text("its own")
+    shutil.copytree(world / "blocks", blocks)
+    for name, template in (("own", "its own"), ("trained", TEMPLATES["pesc"])):
+        (tmp_path / name).mkdir()
+        inputs = {"model": model, "adapter": world / "pesc", "blocks": blocks}
+        build(StageContext("merge[test]", MergeConfig(), inputs, tmp_path / name, tmp_path / "work"))
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == template
+        (blocks / "chat_template.jinja").write_text(TEMPLATES["pesc"])  # what tokenize leaves where the template is not the model's
+    assert (model / "chat_template.jinja").read_text() == "its own", "it was a link"
 
 
 def test_the_merged_directory_is_complete_and_keeps_tied_embeddings(world, tmp_path):
