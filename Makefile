@@ -2,7 +2,7 @@
 #
 #   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
 #   make test    the tests that need no GPU, no hub, and less than 12 minutes
-#   make test-all  the slow ones as well
+#   make test-all  the slow ones and the long ones as well: an hour and a half
 #   make benchmark  the bars of speed, on a machine that does nothing else
 #   make check   style, types, import rules
 

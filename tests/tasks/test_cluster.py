@@ -250,7 +250,9 @@ def test_workers_elsewhere_need_a_server_that_they_can_reach(address, url, refus
 @needs_dask
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGINT, signal.SIGTERM))]
+)
 def test_the_workers_of_a_cluster_here_end_with_the_flow(tmp_path, number):
     environment = {**child_environment(), **get_current_settings().to_environment_variables(exclude_unset=True)}
     program = subprocess.Popen(

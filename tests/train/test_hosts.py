@@ -68,7 +68,7 @@ def undisturbed(hosts, tmp_path_factory, sparse_dir, blocks_dir):
     return result(root, hosts[0])
 
 
-@pytest.mark.parametrize("lost", [1, 0], ids=["a host", "the host where they meet"])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.long)], ids=["a host", "the host where they meet"])
 def test_a_host_that_is_killed_and_comes_back_goes_on_from_the_checkpoint(undisturbed, hosts, tmp_path, sparse_dir, blocks_dir, lost):
     """The survivor waits by itself (restarts=1); the other is started again with the command that it was started with."""
     assert len(undisturbed) > 2

@@ -20,7 +20,7 @@ from pesc.launch import supervise
 from pesc.store import Store
 from pesc.store.maintenance import fsck
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 KILLS = int(os.environ.get("PESC_KILLS", "3"))
 STEPS = int(os.environ.get("PESC_KILL_STEPS", "12"))
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from pesc.train.memory.states import state_bytes
 from pesc.train.memory.trained import trained_tensors
 from tests.train.tiny import settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 PROGRAM = Path(__file__).with_name("memory_program.py")
 SIZES: Any = {
     "vocab_size": 1001,

@@ -17,7 +17,7 @@ from tests.data.builders import run_stage, save_mixture
 from tests.data.conftest import real_conversations, smollm2  # noqa: F401  (fixtures)
 from tests.train import tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 LAYERS, STEPS, EXPERTS = 6, 6, 8
 CONTEXT = 64  # short: bf16 matrices take seconds on a CPU without instructions for them
