@@ -48,7 +48,9 @@ class Execution(BaseModel):
         default=None, description="This machine as the others reach it, where that outlives it. Default: its address towards the master."
     )
     join_timeout: int = Field(default=600, ge=1, description="Seconds that a machine waits for the others, at the start and at a restart.")
-    peer_timeout: int = Field(default=1800, ge=1, description="Seconds that a rank waits for one that says nothing before it is given up.")
+    peer_timeout: int = Field(
+        default=3600, ge=1, description="Seconds that a rank waits for one that says nothing before it is given up; at least load_seconds."
+    )
     restarts: int = Field(
         default=0, ge=0, description="How often training goes on from its last checkpoint by itself when a process or a machine was lost."
     )
