@@ -7,6 +7,7 @@ Map
     data/         download, dedup, mix, tokenize                         moe/, models/   the sparse layer, upcycle, merge
     train/        the rank program           launch/     processes that never outlive their parent
     evaluate/     lm-eval, sandbox, comparison, report
+    publish/      a model on the hub
     generate/     answers of a model         model_argument.py   the MODEL of a command     model_card.py   its README.md
     fit/          does a training fit, how long, at what price           devices.py   GPUs: memory, peak rates, prices
     bench/        measurements of speed and memory, each beside its control

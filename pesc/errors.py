@@ -43,6 +43,10 @@ class ModelError(PescError):
     """A model directory or checkpoint that cannot be read, converted or merged."""
 
 
+class PublishError(PescError):
+    """A model that cannot be published as it is, or a hub that does not take it."""
+
+
 class StoreError(PescError):
     """The store is damaged, full, or in use by another process."""
 
