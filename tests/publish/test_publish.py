@@ -86,6 +86,17 @@ def test_a_network_that_goes_away_says_what_was_sent(tmp_path, hub, publish):
     assert hub.tree("org/model") == file_bytes(model)
 
 
+def test_a_hub_with_xet_storage_is_served_by_it(tmp_path, hub):
+    """As the public hub is; hf_xet keeps the chunks in a directory here.  In a process of its own: the client remembers its way."""
+    model = save_model(tmp_path / "model", 2)
+    hub.xet = str(tmp_path / "cas")
+    command = [sys.executable, "-m", "pesc.cli", "publish", str(model), "--repo", "org/model", "--yes"]
+    done = subprocess.run(command, env=environment(hub.url, tmp_path / "hf"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hub.puts == []
+    assert hub.tree("org/model") == file_bytes(model)
+
+
 def test_weights_of_an_earlier_model_go_with_the_same_commit(tmp_path, hub, publish):
     """transformers reads model.safetensors before an index, and an adapter's settings before both."""
     hub.push("b" * 40, {("model", "org/model"): {"model.safetensors": b"old", "adapter_config.json": b"{}", "sample.txt": b"kept"}})

@@ -9,10 +9,13 @@ import base64
 import hashlib
 import json
 import re
+import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
@@ -59,6 +62,34 @@ def serve_writable(hub: WritableHub) -> Iterator[WritableHub]:
             yield hub
         finally:
             hub.release.set()
+
+
+_FILE = struct.Struct("<4QIIQ")
+"""Of a shard of Xet: hash, flags, entries, unused; a file of all ones ends the list."""
+
+
+def read_xet(root: Path, url: str, repo: str) -> dict[str, bytes]:
+    """SHA-256 -> bytes of every file in a store of hf_xet, put together again by hf_xet."""
+    import hf_xet
+
+    files = {}
+    for shard in (root / "xet/xorbs/shards").glob("*.mdb"):
+        data, place = shard.read_bytes(), 48
+        while (header := _FILE.unpack_from(data, place))[0] != 2**64 - 1:
+            *words, flags, entries, _ = header
+            sizes = [struct.unpack_from("<I", data, place + 48 * (1 + entry) + 36)[0] for entry in range(entries)]
+            place += 48 * (1 + entries * (2 if flags & 1 << 31 else 1)) + (48 if flags & 1 << 30 else 0)
+            files["".join(f"{word:016x}" for word in words)] = sum(sizes)
+    stored = {}
+    with tempfile.TemporaryDirectory() as folder:
+        refresh = f"{url}/api/models/{repo}/xet-write-token/main"
+        with hf_xet.XetSession().new_file_download_group(token_refresh_url=refresh) as group:
+            for name, size in files.items():
+                group.start_download_file(hf_xet.XetFileInfo(name, size), f"{folder}/{name}")
+        for name in files:
+            content = Path(folder, name).read_bytes()
+            stored[hashlib.sha256(content).hexdigest()] = content
+    return stored
 
 
 class _Handler(HubHandler):
@@ -201,6 +232,8 @@ class _Handler(HubHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
             elif line["key"] == "lfsFile":
+                if self.hub.xet is not None and value["oid"] not in self.hub.stored:
+                    self.hub.stored |= read_xet(Path(self.hub.xet), self.hub.url, repo)
                 if value["oid"] not in self.hub.stored:
                     return self._error(400, "")
                 files[value["path"]] = self.hub.stored[value["oid"]]
