@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.publish.writable_hub import TOKEN, WritableHub, serve_writable
+from tests.test_model_card import world  # noqa: F401  a fixture: a recipe whose models are in a store
 
 WORKER = """
 import contextlib, io, json, os, sys
