@@ -11,7 +11,7 @@ It stands above data, training and evaluation, which do not know each other; equ
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ _SPDX = {
     "llama 3 community license": "llama3", "llama 3.1 community license": "llama3.1", "gemma": "gemma",
 }  # fmt: skip
 """Licences by the hub's names for them; any other is `other`."""
+_MEASURED: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss of the last step, nats per token", lambda value: f"{value:.4g}"),
+    "tokens": ("tokens", lambda value: f"{value:,.0f}"),
+    "tokens_per_second": ("tokens a second", lambda value: f"{value:,.4g}"),
+    "world_size": ("ranks", str),
+    "zero_stage": ("ZeRO stage", str),
+    "peak_memory_bytes": ("peak memory of the first rank", lambda value: f"{value / 1e9:.1f} GB"),
+    "seconds_training": ("time", lambda value: f"{value / 3600:.1f} h" if value >= 3600 else f"{value / 60:.0f} min"),
+}
+"""Metrics of the training stage -> what people call them, and how they are written."""
 _METHODS = {
     "pesc": "PESC: QLoRA on attention and the shared FFN, with adapters as experts and their routers trained in full",
     "qlora": "QLoRA on the dense model",
@@ -62,7 +72,7 @@ def render_model_card(recipe: Recipe, address: str, store: Store, model_dir: Pat
         "": _head(recipe, arm),
         "Use": _use(fields),
         "Architecture": _architecture(_built_directory(store, actions[address]) or model_dir),
-        "Training": _training(recipe, arm, actions, trained=address.startswith("merge")),
+        "Training": _training(recipe, arm, actions, store, trained=address.startswith("merge")),
         "Data": _data(recipe, store),
         "Results": _results(recipe, arm, actions, store),
         "Licences": _licences(recipe, actions),
@@ -146,7 +156,7 @@ def _architecture(model_dir: Path) -> list[str]:
     return [_table(("", ""), rows)]
 
 
-def _training(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], trained: bool) -> list[str]:
+def _training(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], store: Store, trained: bool) -> list[str]:
     if not trained:
         return ["Not trained: the model computes what its base computes."]
     config = recipe.train_of(arm)
@@ -163,17 +173,24 @@ def _training(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], tr
     if config.method == "upcycle-full":
         del rows[1]
     train, merge = actions.get(f"train[{arm}]"), actions.get(f"merge[{arm}]")
-    rows += [(name.replace("_", " "), _number(value)) for name, value in _plain_metrics(train)]
-    if merge and merge.manifest and "max_logit_difference" in merge.manifest.metrics:
-        rows.append(("merged against unmerged, largest difference of a logit", _number(merge.manifest.metrics["max_logit_difference"])))
+    rows += [*_measured(train), *_merge_proof(merge, store)]
     return [_table(("", ""), rows)]
 
 
-def _plain_metrics(action: PlannedAction | None) -> Iterator[tuple[str, float]]:
-    """The numbers that a stage measured."""
-    for name, value in (action.manifest.metrics if action and action.manifest else {}).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, value
+def _measured(train: PlannedAction | None) -> list[tuple[str, str]]:
+    """What the training stage measured, for people."""
+    metrics = train.manifest.metrics if train and train.manifest else {}
+    return [(label, show(metrics[name])) for name, (label, show) in _MEASURED.items() if metrics.get(name) is not None]
+
+
+def _merge_proof(merge: PlannedAction | None, store: Store) -> list[tuple[str, str]]:
+    """How far the merged logits are from the trained model's, beside what rounding the weights alone makes of them."""
+    path = store.open(merge.manifest.ref) / "proof.json" if merge and merge.manifest else None
+    if path is None or not path.is_file():
+        return []
+    logits = json.loads(path.read_text(encoding="utf-8"))["logits"]
+    alone = f"; rounding its weights alone makes {logits['relative_rms_of_rounding']:.2%}" if logits.get("relative_rms_of_rounding") else ""
+    return [("merged against unmerged", f"logits off by {logits['relative_rms_difference']:.2%} (root mean square){alone}")]
 
 
 def _data(recipe: Recipe, store: Store) -> list[str]:
@@ -258,7 +275,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of words: every column to the left."""
     names, rule, *lines = markdown_table(head, rows).splitlines()
     return "\n".join([names, rule.replace("--:", ":--"), *lines])
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

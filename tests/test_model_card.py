@@ -33,7 +33,9 @@ def build_model(ctx):
     for file in Path(os.environ["PESC_TEST_MODEL"]).iterdir():
         shutil.copy(file, ctx.out / file.name)
     (ctx.out / "stats.json").write_text(json.dumps({"tokens": 4321, "fill": 0.97}))  # of tokenize
-    return BuildResult(metrics={"max_logit_difference": 0.0123, "tokens": 4242, "is_fast": True})
+    logits = {"relative_rms_difference": 0.0123, "relative_rms_of_rounding": 0.0119}
+    (ctx.out / "proof.json").write_text(json.dumps({"logits": logits}))  # of merge
+    return BuildResult(metrics={"tokens": 4242, "seconds_training": 7200.0, "peak_memory_bytes": 3.2e9, "is_fast": True})
 
 
 def build_report(ctx):
@@ -84,7 +86,9 @@ def test_an_export_from_the_store_has_its_card(world, store, tmp_path, pesc):
     assert "| experts in a layer | 4 |" in text
     assert "| learning rate | 0.0003, constant with warmup |" in text
     assert "| tokens | 4,242 |" in text
-    assert "| merged against unmerged, largest difference of a logit | 0.0123 |" in text
+    assert "| merged against unmerged | logits off by 1.23% (root mean square); rounding its weights alone makes 1.19% |" in text
+    assert "| time | 2.0 h |" in text
+    assert "| peak memory of the first rank | 3.2 GB |" in text
     assert "is fast" not in text
     assert "| A quiz | acc, 5-shot, 100 items | 48.3 [46.1, 50.5] |" in text
     assert "CC BY 4.0 \\| with a bar" in text
