@@ -7,7 +7,6 @@ import statistics
 
 import pytest
 
-from tests.benchmarks.conftest import smollm2  # noqa: F401  (fixture)
 from tests.serve.builders import ask, save_slice, served, vllm_python
 
 ROUNDS, CLIENTS, NEW_TOKENS = 5, 16, 64
@@ -17,7 +16,7 @@ BAR = 0.85
 @pytest.mark.benchmark
 @pytest.mark.vllm
 @pytest.mark.timeout(3600)
-def test_the_sparse_model_reaches_its_share_of_the_dense_ones_tokens(tmp_path, smollm2):  # noqa: F811
+def test_the_sparse_model_reaches_its_share_of_the_dense_ones_tokens(tmp_path, smollm2):
     python, place = vllm_python(), save_slice(smollm2, tmp_path, layers=None)
     options = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str(1 << 30))
     prompts = [f"Tell me about the number {number} and why people like it." for number in range(CLIENTS)]

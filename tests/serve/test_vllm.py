@@ -19,7 +19,7 @@ from tests.serve.builders import ROOT, ask, save_slice, served, start, vllm_pyth
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-LAYERS, PROMPTS, NEW_TOKENS = 6, 50, 24
+LAYERS, PROMPTS, NEW_TOKENS, GENERATED = 6, 50, 24, 4
 LOGIT_TIE, ROUTE_TIE = 2e-3, 1e-4
 """Differences that the order of float32 sums can turn: of two logits, and of the last chosen and the first other expert's router logits."""
 OPTIONS = ("--max-model-len", "1024", "--", "--kv-cache-memory-bytes", str(1 << 30))
@@ -101,28 +101,32 @@ def margins(router_logits, top_k=2):
 
 
 def test_fifty_prompts_by_sixteen_clients_give_transformers_tokens(answers, model, tokenizer, texts):
-    theirs, unequal = answers["results"][0], []
+    """Each token is the likeliest one after those before it, by transformers; for some rows `generate` says them too."""
+    theirs, unequal, total = answers["results"][0], [], 0
     assert len(texts) == len(theirs) == PROMPTS
-    for text, found in zip(texts, theirs, strict=True):
+    for number, (text, found) in enumerate(zip(texts, theirs, strict=True)):
         ids = tokenizer(text).input_ids
-        expected = greedy(model, ids)
-        if found == expected:
-            continue
-        first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-        assert first is not None, "one of them stopped early"
-        logits, routers = routing(model, ids + expected[:first])
-        gap = (logits[-1, expected[first]] - logits[-1, found[first]]).abs().item()
-        closest = min(margins(layer).min().item() for layer in routers)
-        unequal.append((first, gap, closest))
-        assert gap < LOGIT_TIE or closest < ROUTE_TIE, f"{text!r}: token {first}, logits {gap} apart, experts {closest}"
-    print(f"{PROMPTS - len(unequal)} of {PROMPTS} prompts equal, token by token; near ties (token, logits, experts): {unequal}")
-    assert len(unequal) <= PROMPTS // 5
+        assert len(found) == NEW_TOKENS or found[-1] == tokenizer.eos_token_id
+        logits, routers = routing(model, ids + found[:-1])
+        likeliest = logits[len(ids) - 1 :].argmax(-1).tolist()
+        total += len(found)
+        wrong = [at for at, pair in enumerate(zip(found, likeliest, strict=True)) if pair[0] != pair[1]]
+        for at in wrong:
+            row = len(ids) - 1 + at
+            gap = (logits[row, likeliest[at]] - logits[row, found[at]]).item()
+            closest = min(margins(layer)[: row + 1].min().item() for layer in routers)
+            unequal.append((number, at, gap, closest))
+            assert gap < LOGIT_TIE or closest < ROUTE_TIE, f"{text!r}: token {at}, logits {gap} apart, experts {closest}"
+        if number < GENERATED and not wrong:
+            assert greedy(model, ids) == found
+    print(f"{total - len(unequal)} of {total} tokens equal; near ties (prompt, token, logits, experts): {unequal}")
+    assert len(unequal) <= total // 50
 
 
 def test_vllm_chooses_the_experts_that_transformers_chooses(place, python, model, tokenizer, texts, tmp_path):
     (tmp_path / "exported").mkdir()
     export_remote_code(place / "sparse", tmp_path / "exported")
-    rows = [ids + greedy(model, ids) for ids in (tokenizer(text).input_ids for text in texts[:10])]
+    rows = [tokenizer(text).input_ids for text in texts[:10]]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "hf")}
     program = [
