@@ -8,23 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from routing_hooks import collect, install
+
 os.environ.update(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-
-
-def install(model):
-    for module in model.modules():
-        if type(module).__name__ == "Router":
-            module.seen = []
-            module.register_forward_hook(lambda router, _arguments, out: router.seen.append(router.select(out)[0][0].tolist()))
-
-
-def collect(model):
-    found = []
-    for module in model.modules():
-        if type(module).__name__ == "Router":
-            found.append(module.seen[0])
-            module.seen.clear()
-    return found
 
 
 def main(directory, rows_path, out):
