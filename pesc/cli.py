@@ -9,6 +9,7 @@ pesc card demo --out DIR                  the data card: sources, removed rows, 
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
 pesc publish DIR --repo ORG/NAME          put a model on the hub, and check that it arrived
+pesc serve 'demo:merge[pesc]'             an OpenAI-compatible server, through vLLM
 pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
 pesc bench convert                        measure it on this machine
 
@@ -35,6 +36,7 @@ from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.publish import commands as publish_commands
 from pesc.recipe import load_recipe, recipe_names
+from pesc.serve import commands as serve_commands
 from pesc.settings import store_root
 from pesc.store import Store
 
@@ -47,6 +49,7 @@ fit_commands.add_to(app)
 launch_commands.add_to(app)
 generate_commands.add_to(app)
 publish_commands.add_to(app)
+serve_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

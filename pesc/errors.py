@@ -91,6 +91,10 @@ class RankKilledError(TrainingFailedError):
     """The system killed a training process; a retry resumes from the last checkpoint."""
 
 
+class ServeError(PescError):
+    """The server of a model cannot start, or ended by itself."""
+
+
 class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
 

@@ -1,6 +1,7 @@
 """Places and secrets from the environment, read here and nowhere else.
 
 PESC_STORE        directory of the store (default: ./store)
+PESC_VLLM         Python that has vLLM, for `pesc serve` (default: the one that runs)
 HF_TOKEN          read by huggingface_hub itself; never part of a recipe, a key or a manifest
 """
 
@@ -13,3 +14,8 @@ from pathlib import Path
 def store_root() -> Path:
     """Directory of the store."""
     return Path(os.environ.get("PESC_STORE") or "store")
+
+
+def vllm_python() -> str | None:
+    """The Python that has vLLM, or the directory of its environment; None: the running one."""
+    return os.environ.get("PESC_VLLM") or None

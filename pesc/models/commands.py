@@ -174,6 +174,11 @@ def export(
     from pesc.settings import store_root
     from pesc.store import Store
 
+    if format_name == "gguf":
+        raise ModelError(
+            "There is no GGUF of a sparse model: llama.cpp has no architecture with adapters on the FFN's output, and would run the file as the dense "
+            "model, without its experts and without a word; serve it with `pesc serve`, or export it with --format remote-code."
+        )
     if format_name not in FORMATS:
         raise ModelError(f"There is no format {format_name!r}: it must be one of {', '.join(FORMATS)}.")
     with progress_bar("export") as progress, new_directory(out) as building:

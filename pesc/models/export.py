@@ -7,6 +7,10 @@ the one architecture; config.json names it in `auto_map`.  vLLM's Transformers b
 
 Contract: the exported code is the code that trained, not a second implementation: it is cut out of the modules below by their syntax
 trees.  The file imports torch and transformers, nothing else.
+
+One thing differs: there the experts are added around the call of the MLP, not inside its `forward`.  vLLM reads the source of an MLP's
+`forward` to merge its gate and up projections into one matrix and to use its own activation; it finds the dense class's own.  A hook on the MLP
+therefore sees the dense FFN's output.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -35,6 +40,7 @@ class $config($dense_config):
     """$dense_config with the nested block `pesc`."""
 
     model_type = "$model_type"
+    base_model_tp_plan = sparse_tp_plan($dense_config.base_model_tp_plan)
     pesc: Optional[dict] = None
 
     def __post_init__(self, **kwargs):
@@ -49,6 +55,15 @@ class _SparseModelMixin:
             module.reset_parameters(keep=lambda parameter: getattr(parameter, "_is_hf_initialized", False))
         else:
             super()._init_weights(module)
+
+
+def _call_with_experts(self, x_TH):
+    """The dense MLP as a module call, then the experts.  `forward` stays the dense class's own."""
+    return self.add_experts(x_TH, super(SparseMLP, self).__call__(x_TH))
+
+
+del SparseMLP.forward
+SparseMLP.__call__ = _call_with_experts
 
 
 def _widen_layers(layers, config):
@@ -80,8 +95,8 @@ class $causal_lm(_SparseModelMixin, $dense_causal_lm):
 ''')
 
 
-def export_remote_code(model_dir: Path, out_dir: Path) -> None:
-    """Write the stand-alone form of the sparse model in `model_dir` to the empty `out_dir`.
+def export_remote_code(model_dir: Path, out_dir: Path, link: Callable[[Path, Path], None] = link_file) -> None:
+    """Write the stand-alone form of the sparse model in `model_dir` to the empty `out_dir`; `link(source, target)` puts files there.
 
     Raises ModelError when the model is not sparse (a dense one needs no code), or when its tensors are not those that its config.json says.
     """
@@ -99,8 +114,8 @@ def export_remote_code(model_dir: Path, out_dir: Path) -> None:
     check_complete(fields, TensorDirectory(model_dir).specs, model_dir)
     files = sorted({*TensorDirectory(model_dir).files.values(), *(path.name for path in model_dir.glob("*.safetensors.index.json"))})
     for name in files:
-        link_file(model_dir / name, out_dir / name)
-    link_companions(model_dir, out_dir)
+        link(model_dir / name, out_dir / name)
+    link_companions(model_dir, out_dir, link=link)
     (out_dir / CODE_NAME).unlink(missing_ok=True)
     (out_dir / CODE_NAME).write_text(render_code(classes), encoding="utf-8")
     module = CODE_NAME.removesuffix(".py")
@@ -110,7 +125,10 @@ def export_remote_code(model_dir: Path, out_dir: Path) -> None:
 
 def render_code(classes: Architecture) -> str:
     """The source of `modeling_pesc.py` for one architecture."""
-    imports, bodies = {"from typing import Optional"}, []
+    from pesc.models.factory import sparse_tp_plan
+
+    imports = {"from typing import Optional", "from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES"}
+    bodies = [_split_source(inspect.getsource(sparse_tp_plan))[1]]
     for name in _MODULES:
         module = importlib.import_module(f"pesc.moe.{name}")
         found, body = _split_source(inspect.getsource(module))

@@ -13,6 +13,7 @@ Contract
 - An architecture is known to the Auto classes once it is made; `register_architectures` makes the main ones, and the others when a file asks.
 - model_type is `pesc_<dense model_type>`; the sparse settings are the nested block `pesc` of config.json (`pesc.moe.config.PescConfig`).
 - Dense parameter names are unchanged; each layer gains `mlp.router.weight`, `mlp.adapters.down` and `mlp.adapters.up`.
+- Tensor parallelism: the dense model's plan, with router and bank whole on every rank (`sparse_tp_plan`).
 - A parameter that a checkpoint lacks is drawn from (pesc.seed, its name): a dense checkpoint loads as exactly the dense model.
 """
 
@@ -38,6 +39,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.models.auto import modeling_auto, tokenization_auto
 
 from pesc.errors import ModelError
@@ -323,12 +325,24 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def sparse_tp_plan(dense: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The tensor-parallel plan of a dense config, and that router and bank are whole on every rank; None when the dense model has none.
+
+    The FFN's output is whole on every rank after its last projection, so each rank adds the experts to it without a word to the others.
+    A transformers without a name for that leaves alone what its plan does not name, which is the same.
+    """
+    if not dense or "replicate" not in ALL_PARALLEL_STYLES:
+        return dense
+    return dense | {"layers.*.mlp.router": "replicate", "layers.*.mlp.adapters": "replicate"}
+
+
 def _make_config(dense: type[PretrainedConfig]) -> type[PretrainedConfig]:
     namespace = {
         "__module__": __name__,
         "__doc__": f"{dense.__name__} with the nested block `pesc`.",
         "__annotations__": {"pesc": dict | None},
         "model_type": PREFIX + dense.model_type,
+        "base_model_tp_plan": sparse_tp_plan(dense.base_model_tp_plan),
         "pesc": None,
     }
     return _publish(type(f"Pesc{dense.__name__}", (_SparseConfigMixin, dense), namespace))

@@ -337,7 +337,12 @@ def _clone_file(source: Path, target: Path) -> bool:
     return True
 
 
-def link_companions(source: Path, target: Path, code: bool = True) -> list[str]:
+def symlink_file(source: Path, target: Path) -> None:
+    """A symbolic link: for a directory that lives shorter than the file, perhaps on another file system."""
+    target.symlink_to(source.resolve())
+
+
+def link_companions(source: Path, target: Path, code: bool = True, link: Callable[[Path, Path], None] = link_file) -> list[str]:
     """Link what belongs to a model beside weights and config.json: tokenizer, chat template, generation settings, licence, remote code.
 
     Without `code`, modeling files stay behind: they are of another layout.  Weights in other formats (pickles, GGUF, ONNX) and hidden files
@@ -345,7 +350,7 @@ def link_companions(source: Path, target: Path, code: bool = True) -> list[str]:
     """
     names = sorted(path.name for path in source.iterdir() if path.is_file() and _is_companion(path.name, code))
     for name in names:
-        link_file(source / name, target / name)
+        link(source / name, target / name)
     return names
 
 

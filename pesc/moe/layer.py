@@ -28,8 +28,11 @@ class SparseMLP(nn.Module):
 
         With `adapter_input` "ffn_input" the adapters read x instead: y + s · Σ_K w · A_e(x).
         """
-        y_TH, router = super().forward(x_TH), self.router
-        index_TK, weight_TK = router.select(router(x_TH))
+        return self.add_experts(x_TH, super().forward(x_TH))
+
+    def add_experts(self, x_TH: torch.Tensor, y_TH: torch.Tensor) -> torch.Tensor:
+        """The FFN's input x and output y, both [..., H] -> what `forward` returns."""
+        index_TK, weight_TK = self.router.select(self.router(x_TH))
         return y_TH + self.adapters(x_TH if self.adapter_input == "ffn_input" else y_TH, index_TK, weight_TK)
 
     def __reduce_ex__(self, protocol):

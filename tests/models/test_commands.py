@@ -172,8 +172,9 @@ def test_a_training_checkpoint_must_be_told_what_it_does_not_hold(refuses, tmp_p
 
 
 def test_unknown_formats_are_one_sentence(refuses, tmp_path):
-    refuses("it must be one of camelidae, sparsetral, remote-code", "export", tmp_path, "--format", "gguf", "--out", tmp_path / "out")
+    refuses("it must be one of camelidae, sparsetral, remote-code", "export", tmp_path, "--format", "onnx", "--out", tmp_path / "out")
     save_dense(tmp_path / "dense")
+    refuses("There is no GGUF of a sparse model: llama.cpp has no", "export", tmp_path, "--format", "gguf", "--out", tmp_path / "out")
     refuses("needs no export", "export", tmp_path / "dense", "--format", "remote-code", "--out", tmp_path / "out")
     refuses("is a dense llama model", "export", tmp_path / "dense", "--format", "camelidae", "--out", tmp_path / "out")
 

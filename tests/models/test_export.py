@@ -27,6 +27,8 @@ directory, logits = sys.argv[1:]
 model, loading = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
 assert not any(loading.values()), loading
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+mlp = type(model.model.layers[0].mlp)
+assert mlp.forward is mlp.__bases__[1].forward  # what vLLM reads to merge the projections
 ids = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)("hello there", return_tensors="pt").input_ids
 torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=4, do_sample=False)), logits)
 base = AutoModel.from_pretrained(directory, trust_remote_code=True)
