@@ -25,7 +25,7 @@ from pesc.model_argument import find_model
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.models.export import export_remote_code
 from pesc.models.merge import build, read_parts
-from pesc.models.merge_nf4 import tell_rounding
+from pesc.models.merge_nf4 import share_kept, tell_rounding
 from pesc.models.merge_write import write_merged
 from pesc.models.nf4 import quantize, quantized_weights, restore
 from pesc.models.nf4_files import STATE, read_state, weight_specs
@@ -47,13 +47,18 @@ LIGHT = 0.02
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A sparse model, a strong and a light training of it, prompts, and the merge of the strong one."""
+    """A sparse model, a strong training of it (in fp32) and a light one (in bf16), prompts, and the merge of the strong one."""
     root = tmp_path_factory.mktemp("nf4")
     save_sparse(save_dense(root / "dense", tie_word_embeddings=True, shard_size="40KB"), root / "sparse")
     save_trained(root / "sparse", root / "strong", quantization="nf4")
     shutil.copytree(root / "strong", root / "light")
     path = root / "light/adapter/adapter_model.safetensors"
     save_file({name: t * LIGHT if ".lora_B." in name else t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    for name, dtype in (("strong", "float32"), ("light", "bfloat16")):
+        path = root / name / "training.json"
+        training = json.loads(path.read_text())
+        training["config"]["compute_dtype"] = dtype
+        path.write_text(json.dumps(training))
     save_blocks(root / "blocks")
     merge(root, root / "merged", max_shard_bytes=30_000)
     return root
@@ -70,12 +75,12 @@ def ledger_of(out):
 
 
 def load(directory):
-    """The model as transformers loads it, computing in fp32 with the weights as they are restored."""
+    """The model as transformers loads it, in fp32: what is not quantised it leaves in the file's bf16, whatever dtype is asked for."""
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = torch.float32
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     return model.train()  # bitsandbytes has a coarser kernel for inference on some CPUs; there is no dropout
 
 
@@ -95,25 +100,23 @@ def test_transformers_loads_pefts_merge_in_4_bit(world):
         stored = model.get_parameter(name)
         packed, state = quantize_4bit(expected.get_parameter(name).data, blocksize=64, compress_statistics=True, quant_type="nf4")
         assert (stored.data == packed).float().mean() > 0.999, name
-        assert torch.allclose(
-            dequantize_4bit(stored.data, stored.quant_state).float(), dequantize_4bit(packed, state), rtol=2**-7, atol=1e-6
-        )
+        assert torch.allclose(dequantize_4bit(stored.data, stored.quant_state), dequantize_4bit(packed, state), rtol=1e-5), name
     bank = load_file(world / "strong/bank.safetensors")
     assert all(model.get_parameter(name).equal(tensor.float()) for name, tensor in bank.items())
 
 
 def test_its_logits_are_those_of_the_proof(world):
+    """In fp32, where bitsandbytes' fused kernel rounds nothing that restoring the weights first would not."""
     proof = json.loads((world / "merged/proof.json").read_text())
-    reference = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(world / "sparse", dtype=torch.float32), world / "strong/adapter"
-    )
+    reference = AutoModelForCausalLM.from_pretrained(world / "sparse", dtype=torch.float32)
+    reference = PeftModel.from_pretrained(reference, world / "strong/adapter")
     for name, tensor in load_file(world / "strong/bank.safetensors").items():
         reference.base_model.model.get_parameter(name).data.copy_(tensor)
     expected, found = logits(reference, world), logits(load(world / "merged"), world)
     relative = ((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-    assert relative == pytest.approx(proof["logits"]["relative_rms_difference"], rel=0.01)
-    assert (found - expected).abs().max().item() == pytest.approx(proof["logits"]["max_difference"], rel=0.01)
-    assert proof["logits"]["relative_rms_of_rounding"] == pytest.approx(relative, rel=0.02)
+    assert (found - expected).abs().max().item() == pytest.approx(proof["logits"]["max_difference"], rel=6e-3)  # three digits
+    assert relative == pytest.approx(proof["logits"]["relative_rms_difference"], rel=6e-3)
+    assert relative == pytest.approx(proof["logits"]["relative_rms_of_rounding"], rel=0.02)
     assert proof["logits"]["relative_rms_beyond_rounding"] <= 0.02
     assert set(proof["routing"]) == {"model.layers.0.mlp.router", "model.layers.1.mlp.router"}
 
@@ -153,15 +156,16 @@ def test_every_tensor_lies_at_a_multiple_of_its_width(world):
                 )
 
 
+@pytest.mark.slow
 def test_merging_twice_gives_the_same_bytes(world, tmp_path):
     merge(world, tmp_path / "again", max_shard_bytes=30_000)
     for path in (world / "merged").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((7, 9), "bfloat16"), ((1024, 520), "bfloat16"), ((33, 50), "float32")], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((9, 14), "bfloat16"), ((1024, 520), "bfloat16"), ((33, 50), "float32")], ids=str)
 def test_quantising_in_pieces_is_bitsandbytes_own(shape, dtype):
-    """Odd sizes, a last block that is not full, more than one piece; a block of zeros."""
+    """A last block that is not full, more than one piece; a block of zeros."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     weight.view(-1)[:64] = 0
     packed, state = quantize(weight, dtype)
@@ -174,24 +178,23 @@ def test_quantising_in_pieces_is_bitsandbytes_own(shape, dtype):
 
 
 def test_a_projection_without_lora_is_stored_as_training_quantised_it(world, tmp_path):
-    save_trained(world / "dense", tmp_path / "some", quantization="nf4", target_modules=["q_proj", "down_proj"])
-    for base in ("original", "dequantized"):
-        out = tmp_path / base
-        merge(world, out, tmp_path / "some", "dense", base=base)
-        written, start = TensorDirectory(out), TensorDirectory(world / "dense")
-        packed, state = quantize_4bit(start.read(FFN.format(0)), blocksize=64, compress_statistics=True, quant_type="nf4")
-        assert written.read(FFN.format(0)).equal(packed)
-        assert read_state(written, FFN.format(0))["nested_offset"] == state.offset.item()
-        assert ledger_of(out)[FFN.format(0)]["action"] == "copied"
-        assert type(load(out)).__name__ == "LlamaForCausalLM"
+    """Not quantised a second time, which would round it again."""
+    save_trained(world / "dense", tmp_path / "some", steps=2, quantization="nf4", target_modules=["q_proj", "down_proj"])
+    merge(world, tmp_path / "out", tmp_path / "some", "dense", base="dequantized")
+    written, start = TensorDirectory(tmp_path / "out"), TensorDirectory(world / "dense")
+    packed, state = quantize_4bit(start.read(FFN.format(0)), blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert written.read(FFN.format(0)).equal(packed)
+    assert read_state(written, FFN.format(0))["nested_offset"] == state.offset.item()
+    assert ledger_of(tmp_path / "out")[FFN.format(0)]["action"] == "copied"
+    assert type(load(tmp_path / "out")).__name__ == "LlamaForCausalLM"
 
 
 # What most of a LoRA is: smaller than half a step.
 
 
-def test_a_light_lora_is_kept_on_original_weights_and_refused_on_dequantized_ones(world, tmp_path, caplog):
-    metrics = merge(world, tmp_path / "original", "light").metrics
-    assert metrics["lora_kept"] > 0.8
+def test_a_light_lora_is_kept_on_original_weights_and_refused_on_dequantized_ones(world, written, tmp_path):
+    kept, _ = share_kept(list(ledger_of(written).values()))
+    assert kept > 0.8
     with pytest.raises(ModelError, match=r"NF4 leaves \d+\.\d% of what LoRA changed.*set merge\.base to original"):
         merge(world, tmp_path / "dequantized", "light", base="dequantized")
     assert list((tmp_path / "dequantized").iterdir()) == []
@@ -242,11 +245,11 @@ WRONG_FOLDS = {
 }
 
 
-@pytest.mark.parametrize("training", ["strong", "light"])
 @pytest.mark.parametrize("case", WRONG_FOLDS)
-def test_a_wrong_fold_is_refused_by_name(world, tmp_path, case, training):
+def test_a_wrong_fold_is_refused_by_name(world, tmp_path, case):
+    """Of a LoRA that moves few codes."""
     mutate, name = WRONG_FOLDS[case]
-    parts, config = parts_of(world, training)
+    parts, config = parts_of(world)
     wrong = dataclasses.replace(parts, lora=dataclasses.replace(parts.lora, **mutate(parts.lora)))
     write_merged(wrong, tmp_path, config)
     with pytest.raises(ModelError, match=rf"The merged {name}"):
@@ -343,11 +346,13 @@ def test_it_answers_in_a_chat(world):
         load_speaker(place, LoadOptions(device="cpu", four_bit=True))
 
 
+@pytest.mark.slow
 def test_generate_runs_on_it(world):
     done = CliRunner().invoke(cli.app, ["generate", str(world / "merged"), "hello", "--raw", "--max-new-tokens", "2", "--device", "cpu"])
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_lm_eval_loads_it(world, tmp_path):
     from lm_eval.api.instance import Instance
 
@@ -373,12 +378,14 @@ def test_published_layouts_refuse_it(world, tmp_path):
 
 
 def test_it_is_neither_upcycled_nor_merged_into(world, tmp_path):
-    merge(world, tmp_path / "dense", save_trained(world / "dense", tmp_path / "qlora"), "dense")
+    with pytest.raises(ModelError, match="merge into the unquantised model"):
+        merge(world, tmp_path / "out", model=world / "merged")
+    shutil.copytree(world / "dense", tmp_path / "dense")
+    fields, merged = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "dense", world / "merged"))
+    (tmp_path / "dense/config.json").write_text(json.dumps(fields | {"quantization_config": merged["quantization_config"]}))
     (tmp_path / "up").mkdir()
     with pytest.raises(ModelError, match="upcycle the unquantised model instead"):
         upcycle_directory(tmp_path / "dense", tmp_path / "up", UpcycleConfig(num_experts=4, adapter_dim=8))
-    with pytest.raises(ModelError, match="merge into the unquantised model"):
-        merge(world, tmp_path / "out", model=world / "merged")
 
 
 LOADER = """
@@ -395,6 +402,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_remote_code_is_exported_as_it_is(world, tmp_path):
     (tmp_path / "exported").mkdir()
     export_remote_code(world / "merged", tmp_path / "exported")
