@@ -127,6 +127,8 @@ def _use(fields: Mapping[str, Any]) -> list[str]:
         return ["This is a published layout of PESC checkpoints, for the code of its authors, or for `pesc import DIRECTORY --out NEW`."]
     code = "auto_map" in fields
     lines = [_LOADING.format(trust=", trust_remote_code=True" if code else "")]
+    if fields.get("quantization_config"):
+        lines += ["", "Its projections are stored in 4 bit (NF4) and load so; `bitsandbytes` and `accelerate` must be installed."]
     if code:
         return [*lines, "", "`modeling_pesc.py` is the model's code; read it before you trust it."]
     if str(fields.get("model_type", "")).startswith("pesc_"):

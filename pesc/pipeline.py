@@ -130,6 +130,7 @@ STAGES: tuple[Stage, ...] = (
         (
             "pesc.models.upcycle",
             "pesc.models.mixtral",
+            "pesc.models.nf4_files",
             "pesc.models.published",
             "pesc.models.pickle_files",
             "pesc.models.tensor_files",
@@ -156,6 +157,8 @@ STAGES: tuple[Stage, ...] = (
         "pesc.models.merge:build",
         (
             "pesc.models.merge",
+            "pesc.models.merge_nf4",
+            "pesc.models.merge_tensor",
             "pesc.models.merge_whole",
             "pesc.models.merge_write",
             "pesc.models.identity",
@@ -164,6 +167,8 @@ STAGES: tuple[Stage, ...] = (
             "pesc.models.lora",
             "pesc.models.pickle_files",
             "pesc.models.nf4",
+            "pesc.models.nf4_files",
+            "pesc.models.nf4_proof",
             "pesc.models.proof",
             "pesc.models.streamed",
             "pesc.models.trained_reference",

@@ -62,6 +62,11 @@ class MergeConfig(StageConfig):
         default="original",
         description="original: fold into the bf16 weights. dequantized: into the 4-bit weights the LoRA was trained against.",
     )
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of the merged weights.")
+    dtype: Literal["bfloat16", "float32", "nf4"] = Field(
+        default="bfloat16",
+        description="Type of the merged weights. nf4: the projections that training quantises are stored in 4 bit, as bitsandbytes does, and load "
+        "as they are; everything else in bfloat16. That is a rounding of its own, which proof.json and ledger.json measure; with base dequantized "
+        "it takes most of a usual LoRA back, and such a merge is refused.",
+    )
     max_shard_bytes: int = Field(default=5_000_000_000, gt=0, description="Largest safetensors file.")
     proof_prompts: int = Field(default=4, ge=1, description="Prompts on which merged and unmerged logits are compared.")

@@ -24,6 +24,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from pesc.errors import ModelError
+from pesc.models.nf4_files import weight_specs
 from pesc.models.tensor_files import TensorDirectory, link_companions, link_file
 from pesc.models.upcycle import check_complete, read_config, write_config
 
@@ -111,8 +112,9 @@ def export_remote_code(model_dir: Path, out_dir: Path, link: Callable[[Path, Pat
         PescConfig.from_dict(fields.get("pesc") or {})
     except ValueError as error:
         raise ModelError(f"{model_dir / 'config.json'} cannot be used: {error}.") from None
-    check_complete(fields, TensorDirectory(model_dir).specs, model_dir)
-    files = sorted({*TensorDirectory(model_dir).files.values(), *(path.name for path in model_dir.glob("*.safetensors.index.json"))})
+    source = TensorDirectory(model_dir)
+    check_complete(fields, weight_specs(source), model_dir)
+    files = sorted({*source.files.values(), *(path.name for path in model_dir.glob("*.safetensors.index.json"))})
     for name in files:
         link(model_dir / name, out_dir / name)
     link_companions(model_dir, out_dir, link=link)

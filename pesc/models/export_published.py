@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
+from pesc.models.nf4_files import is_quantized
 from pesc.models.pickle_files import PICKLE_INDEX_NAME, write_pickle
 from pesc.models.tensor_files import TensorDirectory, TensorSpec, dtype_name, link_companions, plan_shards, write_sharded
 from pesc.models.upcycle import check_complete, read_config, write_config
@@ -98,6 +99,11 @@ def export_published(
     """
     fields = read_config(model_dir)
     layout = choose_layout(fields, format_name, model_dir)
+    if is_quantized(fields):
+        raise ModelError(
+            f"The weights of {model_dir} are quantised ({fields['quantization_config'].get('quant_method')}), which no published layout is: merge with "
+            "merge.dtype bfloat16, or use --format remote-code, which keeps them as they are."
+        )
     block = _read_block(fields, model_dir)
     _check_dense_options(fields, model_dir)
     source = TensorDirectory(model_dir)

@@ -9,6 +9,7 @@ Key contracts
 - The model type does not change: a sparse model stays `pesc_<dense>`, the dense control stays what it was.  Tied embeddings stay tied.
 - `base: dequantized` folds into the weights that the 4-bit model computed with during training: the merged model is then the trained one up
   to rounding.  `base: original` folds into the unquantised ones, which are closer to the dense model but were never trained against.
+- `dtype: nf4` quantises after the fold (see `pesc.models.merge_nf4`): the model loads in 4 bit as it is.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from pesc.errors import ModelError
 from pesc.models.config import MergeConfig
 from pesc.models.identity import model_digest
 from pesc.models.lora import LoraAdapter, read_lora
+from pesc.models.merge_nf4 import tell_rounding
 from pesc.models.merge_write import write_json, write_merged
 from pesc.models.new_directory import emptied_on_failure
+from pesc.models.nf4_files import is_quantized
 from pesc.models.tensor_files import TensorDirectory, TensorSpec, read_header
 from pesc.models.upcycle import BANK_NAME, check_complete, read_config
 from pesc.stage import BuildResult, StageContext
@@ -67,7 +70,8 @@ def _merge(ctx: StageContext) -> BuildResult:
     counts = {
         f"{action}_tensors": sum(entry["action"] == action for entry in ledger) for action in ("merged", "trained", "copied", "linked")
     }
-    return BuildResult(metrics={**counts, "max_logit_difference": proof["logits"]["max_difference"]})
+    rounding = tell_rounding(ledger, proof["logits"]) if ctx.config.dtype == "nf4" else {}
+    return BuildResult(metrics={**counts, "max_logit_difference": proof["logits"]["max_difference"], **rounding})
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class MergeParts:
     quantized: frozenset[str] = field(default_factory=frozenset)
     """Weights that are taken through NF4 before the fold (`base: dequantized`)."""
     compute_dtype: str = "bfloat16"
+    stored_nf4: frozenset[str] = field(default_factory=frozenset)
+    """Weights that are stored in NF4 (`dtype: nf4`)."""
 
     def base_weight(self, name: str) -> torch.Tensor:
         """The weight that LoRA is added to."""
@@ -100,6 +106,11 @@ def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> Merge
     from pesc.models.nf4 import quantized_weights
 
     fields, model = read_config(model_dir), TensorDirectory(model_dir)
+    if is_quantized(fields):
+        raise ModelError(
+            f"{model_dir} is quantised ({fields['quantization_config'].get('quant_method')}), so there are no weights to add the LoRA to: merge "
+            "into the unquantised model, with merge.base set to dequantized if it was trained in 4 bit."
+        )
     check_complete(fields, model.specs, model_dir)
     training = read_training(trained_dir)
     check_same_model(training, model_dir, trained_dir)
@@ -108,6 +119,7 @@ def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> Merge
     bank = _read_bank(trained_dir / BANK_NAME, {**model.specs, **_bias_specs(fields, model.specs)})
     _check_declared(training, lora, bank, trained_dir)
     quantized: frozenset[str] = frozenset()
+    stored_nf4 = frozenset(quantized_weights(dict(fields))) if config.dtype == "nf4" else frozenset()
     if config.base == "dequantized":
         if training["config"]["quantization"] == "none":
             raise ModelError(
@@ -124,6 +136,7 @@ def read_parts(model_dir: Path, trained_dir: Path, config: MergeConfig) -> Merge
         bank,
         quantized,
         training["config"]["compute_dtype"],
+        stored_nf4,
     )
 
 

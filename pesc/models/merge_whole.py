@@ -29,6 +29,11 @@ def build(ctx: StageContext, training: dict[str, Any]) -> BuildResult:
     """Publish `ctx.inputs["adapter"]` as a model directory and prove it.  training: what its training.json says."""
     from pesc.models.merge import check_same_model
 
+    if ctx.config.dtype == "nf4":
+        raise ModelError(
+            "A model that was trained in full cannot be written with merge.dtype nf4: its experts lie in one tensor a layer, which loading in 4 bit "
+            "does not quantise; set merge.dtype to bfloat16."
+        )
     model_dir, weights = ctx.inputs["model"], ctx.inputs["adapter"] / WEIGHTS_NAME
     check_same_model(training, model_dir, ctx.inputs["adapter"])
     specs = check_weights(model_dir, weights, training)

@@ -7,6 +7,9 @@ The unmerged model is PEFT's own, put together from the files of the training (`
     logits    root mean square of the difference over that of the logits, on real prompts, beside what rounding the weights alone makes of it.
     routing   share of tokens whose set of K experts is the same, for each layer.
 
+A weight that is stored in NF4 is compared code by code (`pesc.models.nf4_proof`), and runs as it is restored; `rounded` is then PEFT's merge after
+NF4, and the written model must agree with that far more closely than with the unmerged one.
+
 No model is in memory: each pass reads the weights one module at a time.  The numbers are rounded to three digits: they may still differ between
 kinds of CPU, as training itself does.
 """
@@ -16,11 +19,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
+from pesc.models.merge_nf4 import plain_dtype
 from pesc.models.merge_write import merged_fields
+from pesc.models.nf4_files import NF4, read_weight, weight_specs
+from pesc.models.nf4_proof import STEP, compare_stored
 from pesc.models.tensor_files import TensorDirectory
 from pesc.models.upcycle import read_config
 
@@ -33,13 +40,18 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256
 """Tokens of each prompt that are compared."""
-LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "nf4": 0.5}
 """Allowed root mean square of the difference, relative to the logits'.  A weight in bf16 is off by up to 2^-9, and some hundred of them lie between
-a token and its logits."""
-ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
-"""Allowed difference of a weight relative to its size: half a unit in the last place (two for fp32, where the two sums are the only rounding)."""
+a token and its logits.  One in NF4 is off by a tenth of its size, root mean square, and so is a projection's output; over the layers that grows to
+some tenths.  Unrelated logits differ by 1.4: at half of their size, the model that was quantised is another model."""
+ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8, "nf4": STEP}
+"""Allowed difference of a weight relative to its size: half a unit in the last place (two for fp32, where the two sums are the only rounding).  For
+NF4 half of the widest step, relative to the largest of the weight's block."""
 ROUNDING_SLACK = 2.0
 """Most that the logits may be off, as a multiple of what rounding the weights alone does to them."""
+NF4_SLACK = 0.1
+"""Most that the logits of a model in NF4 may differ from those of PEFT's merge after NF4, as a multiple of what NF4 does: weights at a tie, of which
+there is one in a million, may fall either way."""
 _BATCH = 8
 """Prompts in one pass: each pass reads the whole model."""
 
@@ -68,8 +80,8 @@ def prove(parts: MergeParts, merged_dir: Path, prompts: list[str], config: Merge
         weights = compare_weights(trained, written, config.dtype)
         start = run(streamed_model(read_config(parts.model_dir), parts.model.read), tokens)
         expected = run(trained.model, tokens)
-        rounded = run(trained.rounded_model(getattr(torch, config.dtype)), tokens) if config.dtype != "float32" else None
-        merged = run(streamed_model(read_config(merged_dir), written.read), tokens)
+        rounded = run(trained.rounded_model(getattr(torch, plain_dtype(config.dtype))), tokens) if config.dtype != "float32" else None
+        merged = run(streamed_model(read_config(merged_dir), partial(read_weight, written)), tokens)
     return {
         "tolerance": {"logits": LOGIT_TOLERANCE[config.dtype], "weights": ROUNDING[config.dtype]},
         "prompts": len(tokens),
@@ -165,17 +177,23 @@ def _run_batch(model: Any, tokens: list[torch.Tensor], recorded: bool) -> list[d
 def compare_weights(trained: TrainedReference, written: TensorDirectory, dtype: str) -> dict[str, Any]:
     """Every tensor on disk against PEFT's own merge of it, element by element; one tensor, or a piece of one, in memory."""
     parts = trained.parts
-    tensors = {**parts.model.specs, **parts.bank}
-    for name in sorted(tensors.keys() ^ written.specs.keys()):
+    tensors, specs = {**parts.model.specs, **parts.bank}, weight_specs(written)
+    for name in sorted(tensors.keys() ^ specs.keys()):
         fault = "has lost" if name in tensors else "has, beyond the trained model,"
         raise ModelError(f"The merged directory {fault} {name}. The merge is refused; this is a defect of the merge: report it.")
     worst = 0.0
     for name in sorted(tensors):
-        if written.specs[name].shape != tensors[name].shape:
+        if specs[name].shape != tensors[name].shape:
             raise ModelError(
-                f"The merged {name} is {list(written.specs[name].shape)}, but the trained one is {list(tensors[name].shape)}. The merge is refused."
+                f"The merged {name} is {list(specs[name].shape)}, but the trained one is {list(tensors[name].shape)}. The merge is refused."
             )
-        if trained.is_merged(name):
+        if (specs[name].dtype == NF4) != (name in parts.stored_nf4):
+            raise ModelError(
+                f"The merged {name} is {specs[name].dtype}, which is not what merge.dtype {dtype} makes of it. The merge is refused."
+            )
+        if name in parts.stored_nf4:
+            worst = max(worst, _compare_stored(trained, name, written))
+        elif trained.is_merged(name):
             worst = max(worst, _compare_merged(trained, name, written.read(name), dtype))
         else:
             _compare_equal(trained, name, written)
@@ -184,15 +202,29 @@ def compare_weights(trained: TrainedReference, written: TensorDirectory, dtype: 
 
 def _compare_merged(trained: TrainedReference, name: str, found_OI: torch.Tensor, dtype: str) -> float:
     """The written weight is the sum rounded to nearest, wherever in the error of an fp32 sum the sum may lie; returns the share of half a unit."""
-    base_OI, delta_OI = trained.base_and_delta(name)
-    expected_OI = base_OI + delta_OI
-    # PEFT and this package sum up in another order; where the products cancel, that shows relative to the largest.
-    error_OI = 2.0**-22 * expected_OI.abs() + 2.0**-16 * delta_OI.abs().max()
+    expected_OI, error_OI = _expected(trained, name)
     low_OI, high_OI = ((expected_OI + sign * error_OI).to(found_OI.dtype) for sign in (-1, 1))
     if not ((low_OI <= found_OI) & (found_OI <= high_OI)).all():
         raise ModelError(_not_trained(name, found_OI.float(), expected_OI))
     off_OI = (found_OI.float() - expected_OI).abs()
-    return (off_OI / (ROUNDING[dtype] * expected_OI.abs() + error_OI).clamp(min=1e-30)).max().item()
+    return (off_OI / (ROUNDING[plain_dtype(dtype)] * expected_OI.abs() + error_OI).clamp(min=1e-30)).max().item()
+
+
+def _expected(trained: TrainedReference, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's merge of a weight, and how far off a right sum may be."""
+    base_OI, delta_OI = trained.base_and_delta(name)
+    expected_OI = base_OI + delta_OI
+    # PEFT and this package sum up in another order; where the products cancel, that shows relative to the largest.
+    return expected_OI, 2.0**-22 * expected_OI.abs() + 2.0**-16 * delta_OI.abs().max()
+
+
+def _compare_stored(trained: TrainedReference, name: str, written: TensorDirectory) -> float:
+    if trained.is_merged(name):
+        expected_OI, error_OI = _expected(trained, name)
+    else:
+        expected_OI = trained.unquantized(name).float()
+        error_OI = 0 * expected_OI
+    return compare_stored(written, name, expected_OI, error_OI, trained.parts.compute_dtype)
 
 
 def _compare_equal(trained: TrainedReference, name: str, written: TensorDirectory) -> None:
@@ -232,6 +264,7 @@ def compare_logits(start: list, expected: list, merged: list, dtype: str, rounde
             f"The merged model's logits differ from the unmerged model's by {relative:.2%} (root mean square), but rounding its weights to {dtype} makes "
             f"only {alone:.2%} of that. The merge is refused; this is a defect of the merge: report it."
         )
+    beyond = _beyond_nf4(found, rounded, scale, alone) if dtype == "nf4" and rounded else {}
     agreement = (found.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return {
         "max_difference": _digits(difference.abs().max().item()),
@@ -239,7 +272,22 @@ def compare_logits(start: list, expected: list, merged: list, dtype: str, rounde
         "relative_rms_of_rounding": _digits(alone),
         "relative_rms_effect_of_training": _digits(effect),
         "same_top_token": _digits(agreement),
+        **beyond,
     }
+
+
+def _beyond_nf4(found: torch.Tensor, rounded: list, scale: torch.Tensor, alone: float) -> dict[str, float]:
+    """How far the written model is from PEFT's merge after NF4.  Raises ModelError when that is no matter of ties."""
+    import torch
+
+    difference = found - torch.cat([result["logits"] for result in rounded])
+    beyond = (difference.square().mean().sqrt() / scale).item()
+    if not beyond <= NF4_SLACK * alone + LOGIT_TOLERANCE["float32"]:
+        raise ModelError(
+            f"The merged model's logits differ by {beyond:.2%} (root mean square) from those of the trained model after NF4, which itself changes them by "
+            f"{alone:.2%}. The merge is refused; this is a defect of the merge: report it."
+        )
+    return {"relative_rms_beyond_rounding": _digits(beyond)}
 
 
 def _compare_routing(expected: list, merged: list) -> dict[str, float]:

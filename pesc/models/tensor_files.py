@@ -221,21 +221,31 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
 
 
 def write_chunks(
-    path: Path, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[torch.Tensor] | None], done: Callable[[str], None]
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    chunks: Callable[[str], Iterable[torch.Tensor] | None],
+    done: Callable[[str], None],
+    together: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
     """Write one safetensors file; `chunks(name)` gives a tensor's values in order, in flat pieces; `done(name)` when it is written.
 
     None for the pieces means zeros: they become a hole, which reads as zeros and takes neither time nor room on the disk.
+    together: tensor -> tensors whose values its pieces give after its own, as they come out of one calculation.
     Some tensors are made and written at a time, each by a thread of its own.  The data is synced to disk.
     """
+    together = {name: tuple(names) for name, names in (together or {}).items()}
+    given = {follower for names in together.values() for follower in names}
     head, offsets = _encode_header(specs)
     workers = min(MAX_WRITERS, os.cpu_count() or 1)
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         os.pwrite(file.fileno(), head, 0)
         file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
-        jobs = {
-            pool.submit(_write_pieces, file.fileno(), offset, chunks(name), specs[name].num_bytes): name for name, offset in offsets.items()
+        places = {
+            name: [(offsets[part], specs[part].num_bytes) for part in (name, *together.get(name, ()))]
+            for name in specs
+            if name not in given
         }
+        jobs = {pool.submit(_write_pieces, file.fileno(), ranges, chunks(name)): name for name, ranges in places.items()}
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -254,19 +264,24 @@ def write_hollow(path: Path, specs: Mapping[str, TensorSpec]) -> None:
         file.truncate(len(head) + sum(spec.num_bytes for spec in specs.values()))
 
 
-def _write_pieces(descriptor: int, start: int, pieces: Iterable[torch.Tensor] | None, size: int) -> None:
+def _write_pieces(descriptor: int, ranges: list[tuple[int, int]], pieces: Iterable[torch.Tensor] | None) -> None:
+    """Fill the ranges (offset, bytes) of a file one after the other; no piece crosses from one into the next."""
     if pieces is None:
         return
-    offset = start
-    for piece in pieces:
-        view = memoryview(_raw(piece))
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            offset, view = offset + written, view[written:]
-    if offset != start + size:
-        raise ValueError(f"a tensor was announced with {size} bytes, but its pieces have {offset - start}")
-    if hasattr(os, "posix_fadvise"):  # the disk starts now, while the next tensor is made, instead of at the fsync
-        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+    left = iter(pieces)
+    for start, size in ranges:
+        offset = start
+        while offset < start + size and (piece := next(left, None)) is not None:
+            view = memoryview(_raw(piece))
+            while view:
+                written = os.pwrite(descriptor, view, offset)
+                offset, view = offset + written, view[written:]
+        if offset != start + size:
+            raise ValueError(f"a tensor was announced with {size} bytes, but its pieces have {offset - start}")
+        if hasattr(os, "posix_fadvise"):  # the disk starts now, while the next tensor is made, instead of at the fsync
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+    if any(piece.numel() for piece in left):
+        raise ValueError("the pieces of a tensor go on after the bytes that were announced")
 
 
 def _encode_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:

@@ -16,6 +16,7 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from pesc.models.merge import MergeParts
+from pesc.models.nf4 import quantize, restore
 from pesc.models.streamed import empty_model, fill, forget, stream, streamed_model
 from pesc.models.tensor_files import PIECE_ELEMENTS, read_pieces, read_tensor
 
@@ -67,10 +68,17 @@ class TrainedReference:
             return iter(self.parts.base_weight(name).flatten().split(PIECE_ELEMENTS))
         return self.parts.model.pieces(name)
 
+    def unquantized(self, name: str) -> torch.Tensor:
+        """A weight without LoRA as training quantised it: in the compute dtype."""
+        return self.parts.model.read(name).to(getattr(torch, self.parts.compute_dtype))
+
     def rounded_model(self, dtype: torch.dtype) -> Any:
-        """The trained model merged by PEFT, its weights rounded to `dtype`, computing in fp32."""
+        """The trained model merged by PEFT, its weights rounded to `dtype`, or to NF4 where they are stored so, computing in fp32."""
 
         def read(name: str) -> torch.Tensor:
+            if name in self.parts.stored_nf4:
+                merged = torch.add(*self.base_and_delta(name)) if self.is_merged(name) else self.unquantized(name)
+                return restore(*quantize(merged, self.parts.compute_dtype))
             tensor = torch.add(*self.base_and_delta(name)) if self.is_merged(name) else self._base(name)
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pesc.errors import ModelError
 from pesc.models.config import UpcycleConfig
+from pesc.models.nf4_files import weight_specs
 from pesc.models.published import convert_config, import_published, is_derived, is_published
 from pesc.models.tensor_files import (
     SINGLE_NAME,
@@ -223,7 +224,7 @@ def count_directory(sparse_dir: Path) -> dict[str, Any]:
     """The counts of a sparse directory of this package."""
     from pesc.moe.config import PescConfig
 
-    specs = TensorDirectory(sparse_dir).specs
+    specs = weight_specs(TensorDirectory(sparse_dir))
     bank = {name: spec for name, spec in specs.items() if ".mlp.adapters." in name or ".mlp.router." in name}
     dense = {name: spec for name, spec in specs.items() if name not in bank}
     bank = {name: spec for name, spec in bank.items() if not name.endswith(".bias_steps")}  # counted, not trained: no parameters
