@@ -108,6 +108,12 @@ def _read_config(model_dir: Path, config: TrainConfig) -> Any:
         read = AutoConfig.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
+    if found := getattr(read, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+        raise ModelError(
+            f"{model_dir} is quantised already ({method}), and what is trained on it could not be merged: give the unquantised model; training "
+            "makes its own 4-bit copy."
+        )
     if config.balance.kind == "bias" and getattr(read, "pesc", None):
         before = read.pesc.get("bias_update_rate") or config.balance.bias_update_rate
         if before != config.balance.bias_update_rate:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -81,6 +82,13 @@ def test_a_model_that_does_not_fit_is_refused(request, kind, changes, sentence):
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        load_trainable(tmp_path, settings(), "cpu", "none")
+
+
+def test_a_model_that_is_quantised_already_is_refused_before_its_weights_are_read(tmp_path):
+    fields = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match=r"is quantised already \(bitsandbytes\)"):
         load_trainable(tmp_path, settings(), "cpu", "none")
 
 
