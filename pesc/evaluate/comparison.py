@@ -105,7 +105,7 @@ class PairedComparison(_Record):
     neither: int | None = None
     discordant: int = Field(description="Items on which the two scores differ.")
     p_value: float = Field(description="Exact McNemar test, or the bootstrap's tails where items are not right or wrong.")
-    p_adjusted: float = Field(1.0, description="After Holm, over the benchmarks of this pair.")
+    p_adjusted: float = Field(description="After Holm, over the benchmarks of this pair.")
     resolves: float = Field(description="Smallest difference that could be shown, in points.")
     power_of_one_point: float | None = Field(None, description="Chance to find a difference of one point.")
     verdict: Direction = "cannot tell"
@@ -324,17 +324,16 @@ def compare_paired(
     resampled = resampled_means(differences, seed)
     low, high = percentile_interval(resampled)
     mean, discordant = sum(differences) / len(items), sum(d != 0 for d in differences)
-    table: dict[str, Any] = {"p_value": bootstrap_p(resampled)}
-    resolves, one_point = power.smallest_of_stderr(float(resampled.std())), None
+    p_value, resolves = bootstrap_p(resampled), power.smallest_of_stderr(float(resampled.std()))
+    table: dict[str, Any] = {}
     if all(a.correct is not None and b.correct is not None for a, b in items):
         kinds = Counter((a.correct, b.correct) for a, b in items)
+        p_value, resolves = mcnemar_exact(kinds[1, 0], kinds[0, 1]), power.smallest_paired(len(items), discordant / len(items))
         table = {"both": kinds[1, 1], "only_arm": kinds[1, 0], "only_control": kinds[0, 1], "neither": kinds[0, 0]}
-        table["p_value"] = mcnemar_exact(kinds[1, 0], kinds[0, 1])
-        resolves = power.smallest_paired(len(items), discordant / len(items))
-        one_point = _digits(power.paired_power(len(items), discordant / len(items), 0.01))
+        table["power_of_one_point"] = _digits(power.paired_power(len(items), discordant / len(items), 0.01))
     pair = PairedComparison(
         arm=arm, control=control, benchmark=benchmark, num_items=len(items), num_available=len(items), difference=_digits(100 * mean),
-        low=_digits(100 * low), high=_digits(100 * high), discordant=discordant, resolves=_digits(100 * resolves), power_of_one_point=one_point, **table,
+        low=_digits(100 * low), high=_digits(100 * high), discordant=discordant, p_value=p_value, p_adjusted=p_value, resolves=_digits(100 * resolves), **table,
     )  # fmt: skip
     return pair, resampled
 

@@ -249,12 +249,18 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
         "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
-        "signed": tables.format_signed,
+        "signed": tables.format_signed, "own_setting": tables.own_setting, "limit_mark": tables.limit_mark, "published_mark": tables.published_mark,
+        "items": tables.format_items, "verdict_basis": tables.verdict_basis, "mean_basis": tables.mean_basis,
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
     }  # fmt: skip
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
     inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
     return page.render(
-        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results)
+        r=results,
+        plots=inlined,
+        samples=samples,
+        colours=drawing.arm_colours(kinds),
+        figure_rows=tables.figure_rows(results),
+        mark_notes=tables.mark_notes(results),
     )
