@@ -64,8 +64,8 @@ class FigureComparison(_Record):
     comparable: bool
     reasons: tuple[str, ...] = Field(description="Why it is not comparable.")
     caveats: tuple[str, ...] = Field((), description="What may differ and is not published.")
-    p_value: float | None = Field(None, description="That there is no difference; None where it is not comparable.")
-    p_adjusted: float | None = Field(None, description="After Holm, over the system's comparable figures.")
+    p_value: float | None = Field(default=None, description="That there is no difference; None where it is not comparable.")
+    p_adjusted: float | None = Field(default=None, description="After Holm, over the system's comparable figures.")
     outperforms: Verdict
 
 

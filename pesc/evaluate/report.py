@@ -87,9 +87,7 @@ def collect(
 ) -> dict[str, Any]:
     """results.json: everything on the page as plain data."""
     models = {arm: next(r.model for (a, _), r in measured.items() if a == arm) for arm in kinds}
-    names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
-    taken = list(names.values())  # two settings of one benchmark: the recipe's names tell them apart
-    names = {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
+    names = benchmark_names(measured, baselines)
     training = {
         arm: {"method": run.method, "facts": dict(run.facts), "trainable": list(run.trainable), "settings": dict(run.settings)}
         | ({"held_out": [dict(run.held_out[0]), dict(run.held_out[-1])]} if run.held_out else {})
@@ -111,6 +109,13 @@ def collect(
         "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
         "settings": settings, "rules": list(RULES),
     }  # fmt: skip
+
+
+def benchmark_names(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[str, str]:
+    """What to call each benchmark; of two settings of one, the recipe's names tell them apart."""
+    names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
+    taken = list(names.values())
+    return {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
 
 
 def _row_name(result: BenchmarkResult, baselines: Baselines) -> str | None:
