@@ -208,6 +208,7 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.plots",
             "pesc.evaluate.power",
             "pesc.evaluate.records",
+            "pesc.evaluate.replicates",
             "pesc.evaluate.tables",
             "pesc.evaluate.templates",
             "pesc.evaluate.verdict",

@@ -18,6 +18,7 @@ from pesc.evaluate import power, verdict
 from pesc.evaluate.baselines import Baselines, Figure
 from pesc.evaluate.comparability import METRIC_KINDS, IntervalKind, caveats, comparability, score_estimate, score_interval
 from pesc.evaluate.intervals import Z_95, Estimate, bootstrap_p, holm, mcnemar_exact, percentile_interval, resampled_means
+from pesc.evaluate.replicates import groups_of, runs_difference, score_matrix
 from pesc.evaluate.results import BenchmarkResult, Sample
 from pesc.evaluate.verdict import Direction, Verdict
 
@@ -37,7 +38,9 @@ RULES = (
     "cannot be told.",
     "“Resolves from” is the smallest difference that this many items show with 95 % confidence in four of five such measurements, before any "
     "correction. Each arm against each system is a question of its own, without a correction over them.",
-    "One training run an arm says nothing of how much another seed would differ; the intervals are about the questions, not about the training.",
+    "One training run an arm says nothing of how much another seed would differ; those intervals are about the questions, not about the training. "
+    "Where both arms were trained several times (`report.replicates`), the spread from run to run is part of the interval: Student's, with Welch "
+    "and Satterthwaite's degrees of freedom.",
 )
 
 
@@ -125,6 +128,26 @@ class PairedMean(_Record):
     limited: int = Field(description="Benchmarks of which not every question was asked.")
 
 
+class ReplicatedPair(_Record):
+    """An arm against the control over several training runs of both.  In points."""
+
+    arm: str
+    control: str
+    benchmark: str | None = Field(description="None: the mean over the benchmarks.")
+    runs_arm: int
+    runs_control: int
+    num_items: int
+    num_available: int
+    difference: float
+    low: float
+    high: float
+    spread_arm: float = Field(description="Standard deviation from run to run.")
+    spread_control: float
+    p_value: float
+    p_adjusted: float = Field(description="After Holm, over the benchmarks of this pair; of the mean, as it is.")
+    verdict: Direction = "cannot tell"
+
+
 class OverallVerdict(_Record):
     """Does an arm outperform a published system?"""
 
@@ -151,6 +174,7 @@ class Comparison(_Record):
     cells: tuple[Cell, ...]
     paired: tuple[PairedComparison, ...]
     paired_means: tuple[PairedMean, ...]
+    replicated: tuple[ReplicatedPair, ...] = Field((), description="Where both arms were trained several times.")
     not_paired: tuple[str, ...] = Field(description="Comparisons that could not be made, and why.")
     verdicts: tuple[OverallVerdict, ...]
 
@@ -164,9 +188,18 @@ Answers = Mapping[tuple[str, str], Sequence[Sample]]
 
 
 def compare(
-    measured: Measured, answers: Answers, arms: Sequence[str], control: str, systems: Sequence[str], baselines: Baselines
+    measured: Measured,
+    answers: Answers,
+    arms: Sequence[str],
+    control: str,
+    systems: Sequence[str],
+    baselines: Baselines,
+    replicates: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
-    """Tables from results and samples, keyed by (arm, benchmark).  Raises EvaluationError for an unknown column or row."""
+    """Tables from results and samples, keyed by (arm, benchmark).  Raises EvaluationError for an unknown column or row.
+
+    replicates: arm -> arms that are further training runs of it.
+    """
     benchmarks = tuple(dict.fromkeys(benchmark for _, benchmark in measured))
     for system in systems:
         baselines.require_system(system)
@@ -186,12 +219,20 @@ def compare(
         paired += pairs
         means += [mean] if mean else []
         problems += missing
+    groups = groups_of(arms, replicates or {})
+    replicated: list[ReplicatedPair] = []
+    for arm in groups:
+        if arm != control and control in groups:
+            pairs, missing = _compare_groups(groups[arm], groups[control], benchmarks, measured, answers)
+            replicated += pairs
+            problems += missing
     return Comparison(
         arms=tuple(arms),
         benchmarks=benchmarks,
         cells=tuple(cells),
         paired=tuple(paired),
         paired_means=tuple(means),
+        replicated=tuple(replicated),
         not_paired=tuple(problems),
         verdicts=tuple(verdicts),
     )
@@ -302,6 +343,49 @@ def _mean(arm: str, control: str, pairs: Sequence[PairedComparison], means: Sequ
         arm=arm, control=control, benchmarks=len(pairs), difference=_digits(sum(pair.difference for pair in pairs) / len(pairs)), low=_digits(low),
         high=_digits(high), resolves=_digits(power.smallest_of_stderr(float(resampled.std()))), verdict=verdict.direction(verdict.by_interval(low, high)),
         limited=sum(pair.num_items < pair.num_available for pair in pairs),
+    )  # fmt: skip
+
+
+def _compare_groups(
+    arm: Sequence[str], control: Sequence[str], benchmarks: Iterable[str], measured: Measured, answers: Answers
+) -> tuple[list[ReplicatedPair], list[str]]:
+    """Two arms over their training runs, a benchmark each and their mean; nothing where one of them was trained once."""
+    if len(arm) < 2 or len(control) < 2:
+        return [], []
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    problems: list[str] = []
+    for benchmark in benchmarks:
+        if any((name, benchmark) not in answers for name in (*arm, *control)):
+            continue
+        try:
+            keys, ours = score_matrix([answers[name, benchmark] for name in arm], f"{benchmark}, {arm[0]}")
+            other_keys, theirs = score_matrix([answers[name, benchmark] for name in control], f"{benchmark}, {control[0]}")
+        except EvaluationError as error:
+            problems.append(str(error))
+            continue
+        if keys == other_keys:  # else _compare_arms has said it
+            found[benchmark] = ours, theirs
+    available = {benchmark: measured[arm[0], benchmark].num_available for benchmark in found}
+    pairs = [_replicated(arm, control, {b: arrays}, available) for b, arrays in found.items()]
+    for index, value in enumerate(holm([pair.p_value for pair in pairs])):
+        word = verdict.direction(verdict.outperforms(pairs[index].difference, value))
+        pairs[index] = pairs[index].model_copy(update={"p_adjusted": value, "verdict": word})
+    if len(found) > 1:
+        mean = _replicated(arm, control, found, available)
+        pairs.append(mean.model_copy(update={"verdict": verdict.direction(verdict.by_interval(mean.low, mean.high))}))
+    return pairs, problems
+
+
+def _replicated(
+    arm: Sequence[str], control: Sequence[str], arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], available: Mapping[str, int]
+) -> ReplicatedPair:
+    found = runs_difference([ours for ours, _ in arrays.values()], [theirs for _, theirs in arrays.values()])
+    low, high = found.interval
+    return ReplicatedPair(
+        arm=arm[0], control=control[0], benchmark=next(iter(arrays)) if len(arrays) == 1 else None, runs_arm=len(arm), runs_control=len(control),
+        num_items=sum(ours.shape[1] for ours, _ in arrays.values()), num_available=sum(available[b] for b in arrays),
+        difference=_digits(100 * found.difference), low=_digits(100 * low), high=_digits(100 * high), spread_arm=_digits(100 * found.spread_arm),
+        spread_control=_digits(100 * found.spread_control), p_value=found.p_value, p_adjusted=found.p_value,
     )  # fmt: skip
 
 

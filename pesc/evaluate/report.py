@@ -48,7 +48,7 @@ def build(ctx: StageContext) -> BuildResult:
     records, baselines = read_records(ctx.inputs), load_baselines()
     measured = in_reading_order(measured, baselines)
     kinds = arm_kinds(measured, records)
-    comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines)
+    comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines, config.replicates)
     results = collect(config, comparison, measured, records, kinds, baselines)
     plots = draw(comparison, records, kinds, results)
     _write(ctx.out, results, plots, choose_samples(answers, comparison.benchmarks, kinds, config.samples_per_benchmark))
@@ -256,6 +256,7 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
         "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
         "signed": tables.format_signed, "own_setting": tables.own_setting, "limit_mark": tables.limit_mark, "published_mark": tables.published_mark,
         "items": tables.format_items, "verdict_basis": tables.verdict_basis, "mean_basis": tables.mean_basis,
+        "runs_basis": tables.runs_basis, "replicated_name": tables.replicated_name,
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
     }  # fmt: skip
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}

@@ -135,6 +135,26 @@ def paired_table(results: Mapping[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
+def replicated_table(results: Mapping[str, Any]) -> str:
+    """Arms against the control over several training runs of both."""
+    names = results["names"]
+    rows = [
+        [
+            f"{pair['arm']} − {pair['control']}", f"{replicated_name(pair, names)}{limit_mark(pair)}", f"{pair['runs_arm']} and {pair['runs_control']}",
+            f"{format_signed(pair['difference'])} [{format_signed(pair['low'])}, {format_signed(pair['high'])}]",
+            f"{pair['spread_arm']:.1f} and {pair['spread_control']:.1f}", format_p(pair["p_value"]), format_p(pair["p_adjusted"]), pair["verdict"],
+        ]
+        for pair in results["comparison"]["replicated"]
+    ]  # fmt: skip
+    head = ["pair", "benchmark", "training runs", "difference in points", "spread from run to run", "p", "p (Holm)", "verdict"]
+    return markdown_table(head, rows)
+
+
+def replicated_name(pair: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The benchmark's name, or `mean`."""
+    return "mean" if pair["benchmark"] is None else names.get(pair["benchmark"], pair["benchmark"])
+
+
 def format_items(pair: Mapping[str, Any]) -> str:
     """`1,319`, or `57 of 14,042‡`."""
     return f"{pair['num_items']:,} of {pair['num_available']:,}‡" if is_limited(pair) else f"{pair['num_items']:,}"
@@ -145,7 +165,20 @@ def verdict_lines(results: Mapping[str, Any]) -> list[str]:
     return [
         *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in results["comparison"]["verdicts"]),
         *(f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})" for m in results["comparison"]["paired_means"]),
+        *(f"{p['arm']} against {p['control']} over training runs: {p['verdict']} ({runs_basis(p)})" for p in run_means(results)),
     ]
+
+
+def run_means(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The means over benchmarks of the arms that were trained several times."""
+    return [pair for pair in results["comparison"]["replicated"] if pair["benchmark"] is None]
+
+
+def runs_basis(pair: Mapping[str, Any]) -> str:
+    """`+1.2 [−0.3, +2.7] points, 3 and 3 runs that spread by 0.4 and 0.5 points`."""
+    difference = f"{format_signed(pair['difference'])} [{format_signed(pair['low'])}, {format_signed(pair['high'])}]"
+    spread = f"{pair['runs_arm']} and {pair['runs_control']} runs that spread by {pair['spread_arm']:.1f} and {pair['spread_control']:.1f} points"
+    return f"{difference} points, {spread}{'; in part‡' if is_limited(pair) else ''}"
 
 
 def verdict_basis(verdict: Mapping[str, Any]) -> str:
@@ -206,6 +239,8 @@ def report_markdown(results: Mapping[str, Any]) -> str:
     parts = [f"# {results['title']}", "\n".join(f"- {line}" for line in verdict_lines(results)), results_table(results)]
     if results["comparison"]["paired"]:
         parts += [f"## Against the control ({results['control_arm']}), on the same items", paired_table(results)]
+    if results["comparison"]["replicated"]:
+        parts += ["## Over several training runs", replicated_table(results)]
     parts += list(results["comparison"]["not_paired"])
     if rows := figure_rows(results):
         lines = [
