@@ -5,6 +5,7 @@ pesc plan demo                            what would run, and why
 pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
 pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
+pesc compare demo demo@20260101 --out DIR runs side by side, item by item: intervals, tests, verdicts
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
@@ -29,6 +30,7 @@ import typer
 
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.evaluate import commands as evaluate_commands
 from pesc.fit import commands as fit_commands
 from pesc.generate import commands as generate_commands
 from pesc.launch import commands as launch_commands
@@ -50,6 +52,7 @@ launch_commands.add_to(app)
 generate_commands.add_to(app)
 publish_commands.add_to(app)
 serve_commands.add_to(app)
+evaluate_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -225,7 +225,7 @@ def _results(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], sto
         told = f" (not measured: {', '.join(missing)})" if missing else ""
         return [f"Not reported yet{told}: `pesc run {recipe.name}`."]
     results = json.loads((store.open(report.manifest.ref) / "results.json").read_text(encoding="utf-8"))
-    return [f"This model is the arm `{arm}`. † stands at figures that were measured in another way.", "", results_table(results)]
+    return [f"This model is the arm `{arm}`.", "", results_table(results)]
 
 
 def _licences(recipe: Recipe, actions: Mapping[str, PlannedAction]) -> list[str]:

@@ -95,6 +95,11 @@ class Recipe(StageConfig):
             )
         if unknown := set(self.mix.dataset_weights) - set(self.dedup.datasets):
             raise ValueError(f"mix.dataset_weights names {min(unknown)!r}, which is not among dedup.datasets")
+        runs = [*self.report.replicates, *(name for names in self.report.replicates.values() for name in names)]
+        if unknown := [name for name in runs if name not in self.arms]:
+            raise ValueError(f"report.replicates names the arm {unknown[0]!r}, which is not among the arms ({', '.join(self.arms)})")
+        if repeated := [name for name in runs if runs.count(name) > 1]:
+            raise ValueError(f"report.replicates names the arm {repeated[0]!r} twice")
         for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
             self.upcycle_of(arm)
             self.train_of(arm)

@@ -5,6 +5,9 @@
     language_model.py  lm-eval's Hugging Face model with a journal of answers       sandbox/      runs model-written code
     report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
     baselines/         published figures with their sources                         intervals.py  intervals and tests
+    comparability.py   which published figures count, and why others do not         verdict.py    when a difference is one
+    power.py           how small a difference a set of questions can show           replicates.py several training runs of an arm
+    runs.py            pesc compare: evaluations of several runs side by side
     training_page.py   one training run in Markdown, with its curves, for people who follow a pipeline
     records.py, tables.py, plots.py, templates/                                     parts of the page
 

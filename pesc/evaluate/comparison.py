@@ -1,42 +1,47 @@
 """Arms against each other, and against published figures, with what the numbers do and do not allow to say.
 
-Rules, in one place (they are printed on the page, see `RULES`):
-- A score's 95 % interval is Wilson's where every item is right or wrong, else value ± 1.96 standard errors.
-- Two arms are compared on the very same items: exact McNemar test (Holm-adjusted over the benchmarks of the pair) and a paired
-  bootstrap interval of the difference; arms that were asked different items are not compared.
-- A published figure is comparable when the benchmark's metric, number of examples and whole set of questions are the same. The
-  prompts and the harness behind a published figure are never known to be the same.
-- "outperforms": yes when comparable and the whole interval lies above the figure, no when comparable and the whole interval lies below
-  it, else "cannot tell". Over all benchmarks: yes if all say yes, no if one says no, else "cannot tell".
+Rules, in one place (they are printed on the page, see `RULES`); `verdict` holds their mathematics, `comparability` says which figures
+count, `power` how small a difference can be shown.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pesc.errors import EvaluationError
+from pesc.evaluate import power, verdict
 from pesc.evaluate.baselines import Baselines, Figure
-from pesc.evaluate.intervals import holm, mcnemar_exact, normal_interval, percentile_interval, resampled_means, wilson_interval
+from pesc.evaluate.comparability import METRIC_KINDS, IntervalKind, caveats, comparability, score_estimate, score_interval
+from pesc.evaluate.intervals import Z_95, Estimate, bootstrap_p, holm, mcnemar_exact, percentile_interval, resampled_means
+from pesc.evaluate.replicates import groups_of, runs_difference, score_matrix
 from pesc.evaluate.results import BenchmarkResult, Sample
+from pesc.evaluate.verdict import Direction, Verdict
 
-Verdict = Literal["yes", "no", "cannot tell"]
 SEED = 20240102
 RULES = (
     "Intervals are 95 %: Wilson's where every item is right or wrong, else the value ± 1.96 standard errors.",
-    "Arms are compared on the very same items: exact McNemar test, Holm-adjusted over the benchmarks, and a paired bootstrap interval of the difference.",
-    "A published figure counts as comparable when the metric, the number of examples and the whole set of questions are the same. "
-    "Its prompts and harness are another's in any case.",
-    "“Outperforms” is yes (no) when the figure is comparable and the whole interval lies above (below) it; else it cannot be told. "
-    "Over all benchmarks it is yes if each says yes, and no if one says no.",
+    "Arms are compared on the very same items: exact McNemar test (where items have other scores than right and wrong, the tails of the paired "
+    "bootstrap), Holm-adjusted over the benchmarks, and a paired bootstrap interval of the difference. One is better on a benchmark where the "
+    "adjusted p-value is below 0.05, and over all where the interval of the mean leaves out 0.",
+    "A published figure counts as comparable when the metric, the number of examples, the way of answering and the whole set of questions are "
+    "the same. Its prompts and harness are another's in any case; what is not published about them is said beside it and keeps it comparable.",
+    "A published figure has a sampling error too, that of the same questions; both are taken as independent, which is careful, since the "
+    "questions were the same. “Outperforms” on one benchmark is yes (no) when the score lies above (below) a comparable figure with a p-value, "
+    "Holm-adjusted over the system's comparable figures, below 0.05; else it cannot be told.",
+    "“Outperforms” over all is about the mean difference to the comparable figures, each counted once (of several settings of a benchmark, the "
+    "one without chat template): yes (no) when its 95 % interval lies above (below) 0, else it cannot be told. Without a comparable figure it "
+    "cannot be told.",
+    "“Resolves from” is the smallest difference that this many items show with 95 % confidence in four of five such measurements, before any "
+    "correction. Each arm against each system is a question of its own, without a correction over them.",
+    "One training run an arm says nothing of how much another seed would differ; those intervals are about the questions, not about the training. "
+    "Where both arms were trained several times (`report.replicates`), the spread from run to run is part of the interval: Student's, with Welch "
+    "and Satterthwaite's degrees of freedom.",
 )
-METRIC_KINDS = {
-    "acc": "accuracy", "acc_norm": "accuracy", "pass@1": "pass@1", "pass_at_1": "pass@1", "exact_match": "exact match", "math_verify": "accuracy", "f1": "F1",
-}  # fmt: skip
-EXACT_MATCH_IS_ACCURACY = frozenset({"gsm8k", "math", "bbh"})
 
 
 class _Record(BaseModel):
@@ -47,6 +52,7 @@ class FigureComparison(_Record):
     """A measured score beside a published one.  Points: percent."""
 
     system: str
+    benchmark: str = Field(description="Row of the published figures.")
     name: str
     value: float
     shots: int | None
@@ -55,8 +61,14 @@ class FigureComparison(_Record):
     date: str
     note: str
     difference: float
+    low: float = Field(description="95 % interval of the difference, with the figure's own sampling error.")
+    high: float
+    resolves: float = Field(description="Smallest difference that could be shown, in points.")
     comparable: bool
     reasons: tuple[str, ...] = Field(description="Why it is not comparable.")
+    caveats: tuple[str, ...] = Field((), description="What may differ and is not published.")
+    p_value: float | None = Field(default=None, description="That there is no difference; None where it is not comparable.")
+    p_adjusted: float | None = Field(default=None, description="After Holm, over the system's comparable figures.")
     outperforms: Verdict
 
 
@@ -71,7 +83,7 @@ class Cell(_Record):
     low: float
     high: float
     percent: bool
-    interval: Literal["wilson", "normal", "none"]
+    interval: IntervalKind
     num_items: int
     num_available: int
     num_fewshot: int
@@ -86,6 +98,7 @@ class PairedComparison(_Record):
     control: str
     benchmark: str
     num_items: int
+    num_available: int
     difference: float
     low: float
     high: float
@@ -93,8 +106,12 @@ class PairedComparison(_Record):
     only_arm: int | None = None
     only_control: int | None = None
     neither: int | None = None
-    p_value: float | None = Field(None, description="Exact McNemar test.")
-    p_adjusted: float | None = Field(None, description="After Holm, over the benchmarks of this pair.")
+    discordant: int = Field(description="Items on which the two scores differ.")
+    p_value: float = Field(description="Exact McNemar test, or the bootstrap's tails where items are not right or wrong.")
+    p_adjusted: float = Field(description="After Holm, over the benchmarks of this pair.")
+    resolves: float = Field(description="Smallest difference that could be shown, in points.")
+    power_of_one_point: float | None = Field(None, description="Chance to find a difference of one point.")
+    verdict: Direction = "cannot tell"
 
 
 class PairedMean(_Record):
@@ -106,6 +123,29 @@ class PairedMean(_Record):
     difference: float
     low: float
     high: float
+    resolves: float = Field(description="Smallest difference that could be shown, in points.")
+    verdict: Direction
+    limited: int = Field(description="Benchmarks of which not every question was asked.")
+
+
+class ReplicatedPair(_Record):
+    """An arm against the control over several training runs of both.  In points."""
+
+    arm: str
+    control: str
+    benchmark: str | None = Field(description="None: the mean over the benchmarks.")
+    runs_arm: int
+    runs_control: int
+    num_items: int
+    num_available: int
+    difference: float
+    low: float
+    high: float
+    spread_arm: float = Field(description="Standard deviation from run to run.")
+    spread_control: float
+    p_value: float
+    p_adjusted: float = Field(description="After Holm, over the benchmarks of this pair; of the mean, as it is.")
+    verdict: Direction = "cannot tell"
 
 
 class OverallVerdict(_Record):
@@ -117,6 +157,12 @@ class OverallVerdict(_Record):
     yes: int
     no: int
     cannot_tell: int
+    not_comparable: int = Field(description="Figures that were measured in another way.")
+    counted: int = Field(description="Comparable figures in the mean, each published row once.")
+    difference: float | None = Field(None, description="Mean difference in points over those counted; None without any.")
+    low: float | None = None
+    high: float | None = None
+    resolves: float | None = Field(None, description="Smallest mean difference that could be shown, in points.")
     outperforms: Verdict
 
 
@@ -128,6 +174,7 @@ class Comparison(_Record):
     cells: tuple[Cell, ...]
     paired: tuple[PairedComparison, ...]
     paired_means: tuple[PairedMean, ...]
+    replicated: tuple[ReplicatedPair, ...] = Field((), description="Where both arms were trained several times.")
     not_paired: tuple[str, ...] = Field(description="Comparisons that could not be made, and why.")
     verdicts: tuple[OverallVerdict, ...]
 
@@ -141,18 +188,27 @@ Answers = Mapping[tuple[str, str], Sequence[Sample]]
 
 
 def compare(
-    measured: Measured, answers: Answers, arms: Sequence[str], control: str, systems: Sequence[str], baselines: Baselines
+    measured: Measured,
+    answers: Answers,
+    arms: Sequence[str],
+    control: str,
+    systems: Sequence[str],
+    baselines: Baselines,
+    replicates: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
-    """Tables from results and samples, keyed by (arm, benchmark).  Raises EvaluationError for an unknown column or row."""
+    """Tables from results and samples, keyed by (arm, benchmark).  Raises EvaluationError for an unknown column or row.
+
+    replicates: arm -> arms that are further training runs of it.
+    """
     benchmarks = tuple(dict.fromkeys(benchmark for _, benchmark in measured))
     for system in systems:
         baselines.require_system(system)
-    cells = tuple(
-        _cell(arm, benchmark, measured[arm, benchmark], systems, baselines)
-        for benchmark in benchmarks
-        for arm in arms
-        if (arm, benchmark) in measured
-    )
+    cells = [_cell(arm, b, measured[arm, b], systems, baselines) for b in benchmarks for arm in arms if (arm, b) in measured]
+    verdicts: list[OverallVerdict] = []
+    for arm in arms:
+        for system in systems:
+            cells, overall = _judge(cells, measured, arm, system, baselines)
+            verdicts += [overall] if overall else []
     paired: list[PairedComparison] = []
     means: list[PairedMean] = []
     problems: list[str] = []
@@ -163,15 +219,22 @@ def compare(
         paired += pairs
         means += [mean] if mean else []
         problems += missing
-    verdicts = tuple(v for arm in arms for system in systems if (v := _overall(arm, system, baselines.systems[system].name, cells)))
+    groups = groups_of(arms, replicates or {})
+    replicated: list[ReplicatedPair] = []
+    for arm in groups:
+        if arm != control and control in groups:
+            pairs, missing = _compare_groups(groups[arm], groups[control], benchmarks, measured, answers)
+            replicated += pairs
+            problems += missing
     return Comparison(
         arms=tuple(arms),
         benchmarks=benchmarks,
-        cells=cells,
+        cells=tuple(cells),
         paired=tuple(paired),
         paired_means=tuple(means),
+        replicated=tuple(replicated),
         not_paired=tuple(problems),
-        verdicts=verdicts,
+        verdicts=tuple(verdicts),
     )
 
 
@@ -179,67 +242,74 @@ def _cell(arm: str, benchmark: str, result: BenchmarkResult, systems: Iterable[s
     percent = result.num_correct is not None or METRIC_KINDS.get(result.metric) is not None
     scale = 100.0 if percent else 1.0
     kind, low, high = score_interval(result)
-    value = result.value * scale
     row = result.settings.baseline or baselines.row_of_task(result.task)
     if result.settings.baseline:
         baselines.require_row(result.settings.baseline)
     found = [figure for system in systems if row and (figure := baselines.figure(system, row))]
-    figures = tuple(_compare_figure(result, value, low * scale, high * scale, figure, baselines) for figure in found) if percent else ()
+    figures = tuple(_compare_figure(result, figure, baselines) for figure in found) if percent else ()
     return Cell(
-        arm=arm, benchmark=benchmark, metric=result.metric, filter=result.filter, value=_digits(value), low=_digits(low * scale), high=_digits(high * scale),
-        percent=percent, interval=kind, num_items=result.num_items, num_available=result.num_available, num_fewshot=result.num_fewshot,
-        chat_template=result.chat_template_sha256 is not None, figures=figures,
+        arm=arm, benchmark=benchmark, metric=result.metric, filter=result.filter, value=_digits(result.value * scale), low=_digits(low * scale),
+        high=_digits(high * scale), percent=percent, interval=kind, num_items=result.num_items, num_available=result.num_available,
+        num_fewshot=result.num_fewshot, chat_template=result.chat_template_sha256 is not None, figures=figures,
     )  # fmt: skip
 
 
-def score_interval(result: BenchmarkResult) -> tuple[Literal["wilson", "normal", "none"], float, float]:
-    """Kind and bounds of a score's 95 % interval, in the metric's unit.
-
-    Wilson's needs the score to be the share of right items; a group that weighs its subtasks equally is none.
-    """
-    correct, total = result.num_correct, result.num_items
-    if correct is not None and total and abs(correct / total - result.value) < 1e-9:
-        return "wilson", *wilson_interval(correct, total)
-    if result.stderr is None:
-        return "none", result.value, result.value
-    low, high = normal_interval(result.value, result.stderr)
-    return ("normal", max(0.0, low), min(1.0, high)) if METRIC_KINDS.get(result.metric) else ("normal", low, high)
-
-
-def _compare_figure(
-    result: BenchmarkResult, value: float, low: float, high: float, figure: Figure, baselines: Baselines
-) -> FigureComparison:
-    reasons = comparability(result, figure, baselines)
-    verdict: Verdict = "cannot tell"
-    if not reasons and low > figure.value:
-        verdict = "yes"
-    elif not reasons and high < figure.value:
-        verdict = "no"
-    return FigureComparison(
-        system=figure.system, name=baselines.systems[figure.system].name, value=figure.value, shots=figure.shots, metric=figure.metric, source=figure.source,
-        date=figure.date, note=figure.note, difference=_digits(value - figure.value), comparable=not reasons, reasons=reasons, outperforms=verdict,
-    )  # fmt: skip
-
-
-def comparability(result: BenchmarkResult, figure: Figure, baselines: Baselines) -> tuple[str, ...]:
-    """Why a measured score cannot be compared with a published figure; empty when the settings are the same."""
+def _compare_figure(result: BenchmarkResult, figure: Figure, baselines: Baselines) -> FigureComparison:
+    """One score beside one figure, without a verdict yet: that depends on the system's other figures."""
     row = baselines.benchmarks[figure.benchmark]
-    reasons = []
-    if figure.shots is None:
-        reasons.append(f"{result.num_fewshot}-shot, the figure's number of examples is not published")
-    elif figure.shots != result.num_fewshot:
-        reasons.append(f"{result.num_fewshot}-shot, the figure is {figure.shots}-shot")
-    if result.is_subset:
-        reasons.append(f"{result.num_items:,} of {result.num_available:,} items")
-    if result.task not in row.tasks:
-        reasons.append(f"task {result.task} asks another selection or form of {row.name}'s {row.items:,} questions")
-    elif result.num_available != row.items and not result.is_subset:
-        reasons.append(f"{result.num_available:,} items where {row.name} has {row.items:,}")
-    kind = METRIC_KINDS.get(result.metric, result.metric)
-    same = kind == figure.metric or (kind == "exact match" and figure.metric == "accuracy" and figure.benchmark in EXACT_MATCH_IS_ACCURACY)
-    if not same:
-        reasons.append(f"{result.metric}, the figure is {figure.metric}")
-    return tuple(reasons)
+    reasons = comparability(result, figure, row)
+    low, high = _to_figure(result, figure, baselines).interval
+    resolves = power.smallest_against_figure(min(1.0, max(0.0, figure.value / 100)), result.num_items, row.items)
+    return FigureComparison(
+        system=figure.system, benchmark=figure.benchmark, name=baselines.systems[figure.system].name, value=figure.value, shots=figure.shots,
+        metric=figure.metric, source=figure.source, date=figure.date, note=figure.note, difference=_digits(100 * result.value - figure.value),
+        low=_digits(100 * low), high=_digits(100 * high), resolves=_digits(100 * resolves), comparable=not reasons, reasons=reasons,
+        caveats=caveats(result), outperforms="cannot tell",
+    )  # fmt: skip
+
+
+def _to_figure(result: BenchmarkResult, figure: Figure, baselines: Baselines) -> Estimate:
+    return verdict.against_figure(score_estimate(result)[1], figure.value / 100, baselines.benchmarks[figure.benchmark].items)
+
+
+def _judge(
+    cells: Sequence[Cell], measured: Measured, arm: str, system: str, baselines: Baselines
+) -> tuple[list[Cell], OverallVerdict | None]:
+    """The cells with the verdicts of one arm against one system, and the verdict over all; None where the system has no figure."""
+    shown = [(i, f) for i, cell in enumerate(cells) if cell.arm == arm for f in cell.figures if f.system == system]
+    judged = list(cells)
+    if not shown:
+        return judged, None
+    counted = {i: f for i, f in shown if f.comparable}
+    differences: dict[int, Estimate] = {}
+    for i, f in counted.items():
+        figure = baselines.figure(system, f.benchmark)
+        assert figure is not None
+        differences[i] = _to_figure(measured[arm, cells[i].benchmark], figure, baselines)
+    said = verdict.adjusted(list(differences.values()))
+    for i, (p_value, p_adjusted, word) in zip(differences, said, strict=True):
+        update = {"p_value": p_value, "p_adjusted": p_adjusted, "outperforms": word}
+        figures = tuple(f.model_copy(update=update) if f.system == system else f for f in cells[i].figures)
+        judged[i] = cells[i].model_copy(update={"figures": figures})
+    once = _once_a_row(cells, counted)
+    mean, word = verdict.overall([differences[i] for i in once])
+    words = [w for _, _, w in said]
+    numbers: dict[str, Any] = {}
+    if mean:
+        bounds = (mean.value, *mean.interval, power.smallest_of_stderr((mean.interval[1] - mean.interval[0]) / (2 * Z_95)))
+        numbers = dict(zip(("difference", "low", "high", "resolves"), (_digits(100 * x) for x in bounds), strict=True))
+    return judged, OverallVerdict(
+        arm=arm, system=system, name=baselines.systems[system].name, yes=words.count("yes"), no=words.count("no"), cannot_tell=words.count("cannot tell"),
+        not_comparable=len(shown) - len(counted), counted=len(once), outperforms=word, **numbers,
+    )  # fmt: skip
+
+
+def _once_a_row(cells: Sequence[Cell], counted: Mapping[int, FigureComparison]) -> list[int]:
+    """Of the settings of one published row, the one without chat template, else the first by name: never chosen by its score."""
+    chosen: dict[str, int] = {}
+    for i in sorted(counted, key=lambda i: (cells[i].chat_template, cells[i].benchmark)):
+        chosen.setdefault(counted[i].benchmark, i)
+    return sorted(chosen.values())
 
 
 def _compare_arms(
@@ -257,20 +327,66 @@ def _compare_arms(
         except EvaluationError as error:
             problems.append(str(error))
             continue
-        pairs.append(pair)
+        pairs.append(pair.model_copy(update={"num_available": measured[arm, benchmark].num_available}))
         means.append(resampled)
-    tested = [index for index, pair in enumerate(pairs) if pair.p_value is not None]
-    adjusted = holm([pairs[index].p_value or 0.0 for index in tested])
-    for index, value in zip(tested, adjusted, strict=True):
-        pairs[index] = pairs[index].model_copy(update={"p_adjusted": value})
-    mean = None
-    if len(pairs) > 1:
-        low, high = percentile_interval(np.mean(means, axis=0) * 100)
-        difference = sum(pair.difference for pair in pairs) / len(pairs)
-        mean = PairedMean(
-            arm=arm, control=control, benchmarks=len(pairs), difference=_digits(difference), low=_digits(low), high=_digits(high)
-        )
-    return pairs, mean, problems
+    adjusted = holm([pair.p_value for pair in pairs])
+    for index, (pair, value) in enumerate(zip(pairs, adjusted, strict=True)):
+        word = verdict.direction(verdict.outperforms(pair.difference, value))
+        pairs[index] = pair.model_copy(update={"p_adjusted": value, "verdict": word})
+    return pairs, _mean(arm, control, pairs, means) if len(pairs) > 1 else None, problems
+
+
+def _mean(arm: str, control: str, pairs: Sequence[PairedComparison], means: Sequence[np.ndarray]) -> PairedMean:
+    resampled = np.mean(means, axis=0) * 100
+    low, high = percentile_interval(resampled)
+    return PairedMean(
+        arm=arm, control=control, benchmarks=len(pairs), difference=_digits(sum(pair.difference for pair in pairs) / len(pairs)), low=_digits(low),
+        high=_digits(high), resolves=_digits(power.smallest_of_stderr(float(resampled.std()))), verdict=verdict.direction(verdict.by_interval(low, high)),
+        limited=sum(pair.num_items < pair.num_available for pair in pairs),
+    )  # fmt: skip
+
+
+def _compare_groups(
+    arm: Sequence[str], control: Sequence[str], benchmarks: Iterable[str], measured: Measured, answers: Answers
+) -> tuple[list[ReplicatedPair], list[str]]:
+    """Two arms over their training runs, a benchmark each and their mean; nothing where one of them was trained once."""
+    if len(arm) < 2 or len(control) < 2:
+        return [], []
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    problems: list[str] = []
+    for benchmark in benchmarks:
+        if any((name, benchmark) not in answers for name in (*arm, *control)):
+            continue
+        try:
+            keys, ours = score_matrix([answers[name, benchmark] for name in arm], f"{benchmark}, {arm[0]}")
+            other_keys, theirs = score_matrix([answers[name, benchmark] for name in control], f"{benchmark}, {control[0]}")
+        except EvaluationError as error:
+            problems.append(str(error))
+            continue
+        if keys == other_keys:  # else _compare_arms has said it
+            found[benchmark] = ours, theirs
+    available = {benchmark: measured[arm[0], benchmark].num_available for benchmark in found}
+    pairs = [_replicated(arm, control, {b: arrays}, available) for b, arrays in found.items()]
+    for index, value in enumerate(holm([pair.p_value for pair in pairs])):
+        word = verdict.direction(verdict.outperforms(pairs[index].difference, value))
+        pairs[index] = pairs[index].model_copy(update={"p_adjusted": value, "verdict": word})
+    if len(found) > 1:
+        mean = _replicated(arm, control, found, available)
+        pairs.append(mean.model_copy(update={"verdict": verdict.direction(verdict.by_interval(mean.low, mean.high))}))
+    return pairs, problems
+
+
+def _replicated(
+    arm: Sequence[str], control: Sequence[str], arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], available: Mapping[str, int]
+) -> ReplicatedPair:
+    found = runs_difference([ours for ours, _ in arrays.values()], [theirs for _, theirs in arrays.values()])
+    low, high = found.interval
+    return ReplicatedPair(
+        arm=arm[0], control=control[0], benchmark=next(iter(arrays)) if len(arrays) == 1 else None, runs_arm=len(arm), runs_control=len(control),
+        num_items=sum(ours.shape[1] for ours, _ in arrays.values()), num_available=sum(available[b] for b in arrays),
+        difference=_digits(100 * found.difference), low=_digits(100 * low), high=_digits(100 * high), spread_arm=_digits(100 * found.spread_arm),
+        spread_control=_digits(100 * found.spread_control), p_value=found.p_value, p_adjusted=found.p_value,
+    )  # fmt: skip
 
 
 def compare_paired(
@@ -285,38 +401,25 @@ def compare_paired(
         raise EvaluationError(
             f"{benchmark}: {arm} and {control} were asked different items ({len(ours.keys() ^ theirs.keys())} differ), so they are not paired."
         )
-    scores = [(ours[key].score, theirs[key].score) for key in sorted(ours)]
-    if not scores or any(a is None or b is None for a, b in scores):
+    items = [(sample, theirs[key]) for key, sample in ours.items()]
+    differences = [float(a.score) - float(b.score) for a, b in items if a.score is not None and b.score is not None]
+    if not items or len(differences) < len(items):
         raise EvaluationError(f"{benchmark}: {ours and first[0].task} has no score for each item, so {arm} and {control} are not paired.")
-    differences = [float(a) - float(b) for a, b in scores if a is not None and b is not None]
     resampled = resampled_means(differences, seed)
     low, high = percentile_interval(resampled)
+    mean, discordant = sum(differences) / len(items), sum(d != 0 for d in differences)
+    p_value, resolves = bootstrap_p(resampled), power.smallest_of_stderr(float(resampled.std()))
     table: dict[str, Any] = {}
-    if all(sample.correct is not None for sample in (*first, *second)):
-        kinds = [(ours[key].correct, theirs[key].correct) for key in ours]
-        table = {
-            "both": kinds.count((1, 1)),
-            "only_arm": kinds.count((1, 0)),
-            "only_control": kinds.count((0, 1)),
-            "neither": kinds.count((0, 0)),
-        }
-        table["p_value"] = mcnemar_exact(kinds.count((1, 0)), kinds.count((0, 1)))
+    if all(a.correct is not None and b.correct is not None for a, b in items):
+        kinds = Counter((a.correct, b.correct) for a, b in items)
+        p_value, resolves = mcnemar_exact(kinds[1, 0], kinds[0, 1]), power.smallest_paired(len(items), discordant / len(items))
+        table = {"both": kinds[1, 1], "only_arm": kinds[1, 0], "only_control": kinds[0, 1], "neither": kinds[0, 0]}
+        table["power_of_one_point"] = _digits(power.paired_power(len(items), discordant / len(items), 0.01))
     pair = PairedComparison(
-        arm=arm, control=control, benchmark=benchmark, num_items=len(differences), difference=_digits(100 * sum(differences) / len(differences)),
-        low=_digits(100 * low), high=_digits(100 * high), **table,
+        arm=arm, control=control, benchmark=benchmark, num_items=len(items), num_available=len(items), difference=_digits(100 * mean),
+        low=_digits(100 * low), high=_digits(100 * high), discordant=discordant, p_value=p_value, p_adjusted=p_value, resolves=_digits(100 * resolves), **table,
     )  # fmt: skip
     return pair, resampled
-
-
-def _overall(arm: str, system: str, name: str, cells: Iterable[Cell]) -> OverallVerdict | None:
-    said = [figure.outperforms for cell in cells if cell.arm == arm for figure in cell.figures if figure.system == system]
-    if not said:
-        return None
-    counts = {word: said.count(word) for word in ("yes", "no", "cannot tell")}
-    overall: Verdict = "no" if counts["no"] else "yes" if counts["yes"] == len(said) else "cannot tell"
-    return OverallVerdict(
-        arm=arm, system=system, name=name, yes=counts["yes"], no=counts["no"], cannot_tell=counts["cannot tell"], outperforms=overall
-    )
 
 
 def _digits(value: float) -> float:

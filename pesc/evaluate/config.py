@@ -40,4 +40,8 @@ class ReportConfig(StageConfig):
     title: str = ""
     baselines: tuple[str, ...] = Field(default=("gpt-3.5",), description="Columns of published figures beside the measured ones.")
     control_arm: str = Field(default="qlora", description="Arm that the others are compared with.")
+    replicates: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Arm -> arms that are the same trained with other seeds; their spread enters the verdict between arms.",
+    )
     samples_per_benchmark: int = Field(default=3, ge=0, description="Items shown in full on the page.")

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pesc.evaluate.comparison import Comparison
+from pesc.evaluate.comparison import Cell, Comparison, PairedComparison
 from pesc.evaluate.records import Training
 from pesc.figures import INK, MUTED, plot_funnel
 from pesc.figures import STYLE as _STYLE
@@ -33,7 +33,10 @@ def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
 
 
 def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:
-    """Each arm's score with its interval, a row a benchmark, and the first published column as a diamond (hollow: not comparable)."""
+    """Each arm's score with its interval, a row a benchmark, and the first published column as a diamond.
+
+    Hollow circles and ‡: not every question was asked; a hollow diamond: not comparable for at least one arm.
+    """
     benchmarks = [b for b in comparison.benchmarks if any(c.percent for c in comparison.cells if c.benchmark == b)]
     colours = arm_colours(kinds)
     with matplotlib.rc_context(_STYLE):
@@ -43,11 +46,13 @@ def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping
         for index, arm in enumerate(comparison.arms):
             cells = [(row, cell) for row, b in enumerate(benchmarks) if (cell := comparison.cell(arm, b)) and cell.percent]
             heights = [row + (index - (len(comparison.arms) - 1) / 2) * step for row, _ in cells]
-            values = [cell.value for _, cell in cells]
-            errors = [[max(0.0, c.value - c.low) for _, c in cells], [max(0.0, c.high - c.value) for _, c in cells]]
-            axes.errorbar(values, heights, xerr=errors, fmt="o", markersize=5, color=colours[arm], elinewidth=1.6, clip_on=False, label=arm)
+            axes.plot([], [], "o", markersize=5, color=colours[arm], label=arm)
+            for limited in (False, True):
+                chosen = [(cell, height) for (_, cell), height in zip(cells, heights, strict=True) if _is_limited(cell) == limited]
+                _points(axes, chosen, colours[arm], hollow=limited)
         _mark_published(axes, comparison, benchmarks)
-        axes.set_yticks(range(len(benchmarks)), [names.get(b, b) for b in benchmarks])
+        limited = {c.benchmark for c in comparison.cells if _is_limited(c)}
+        axes.set_yticks(range(len(benchmarks)), [names.get(b, b) + ("‡" if b in limited else "") for b in benchmarks])
         axes.set_ylim(len(benchmarks) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xlabel("score in %, bar: 95 % interval")
@@ -60,12 +65,28 @@ def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping
         return _svg(figure)
 
 
+def _is_limited(record: Cell | PairedComparison) -> bool:
+    return record.num_items < record.num_available
+
+
+def _points(axes: Any, chosen: Sequence[tuple[Cell, float]], colour: str, hollow: bool) -> None:
+    """Scores with their intervals at the given heights; hollow: of a part of the questions."""
+    if not chosen:
+        return
+    values = [cell.value for cell, _ in chosen]
+    errors = [[max(0.0, c.value - c.low) for c, _ in chosen], [max(0.0, c.high - c.value) for c, _ in chosen]]
+    axes.errorbar(
+        values, [height for _, height in chosen], xerr=errors, fmt="o", markersize=5, color=colour, markerfacecolor="none" if hollow else colour,
+        elinewidth=1.6, clip_on=False,
+    )  # fmt: skip
+
+
 def _mark_published(axes: Any, comparison: Comparison, benchmarks: Sequence[str]) -> None:
     points: dict[tuple[str, bool], list[tuple[float, int]]] = {}
     for row, benchmark in enumerate(benchmarks):
         figures = next((c.figures for c in comparison.cells if c.benchmark == benchmark and c.figures), ())
         if figures:
-            comparable = any(c.figures[0].comparable for c in comparison.cells if c.benchmark == benchmark and c.figures)
+            comparable = all(c.figures[0].comparable for c in comparison.cells if c.benchmark == benchmark and c.figures)
             points.setdefault((figures[0].name, comparable), []).append((figures[0].value, row))
     for (name, comparable), found in sorted(points.items()):
         label = name if comparable else f"{name} (other settings)"
@@ -84,30 +105,29 @@ def _mark_published(axes: Any, comparison: Comparison, benchmarks: Sequence[str]
 
 
 def plot_differences(comparison: Comparison, arm: str, colour: str, names: Mapping[str, str]) -> str:
-    """One arm minus the control, a row a benchmark, with intervals; the mean over benchmarks last."""
+    """One arm minus the control, a row a benchmark, with intervals; the mean over benchmarks last.  Hollow and ‡: part of the questions."""
     pairs = [pair for pair in comparison.paired if pair.arm == arm]
-    rows = [(names.get(p.benchmark, p.benchmark), p.difference, p.low, p.high) for p in pairs]
-    rows += [("mean", m.difference, m.low, m.high) for m in comparison.paired_means if m.arm == arm]
+    rows = [
+        (names.get(p.benchmark, p.benchmark) + ("‡" if _is_limited(p) else ""), p.difference, p.low, p.high, "o", _is_limited(p))
+        for p in pairs
+    ]
+    rows += [
+        ("mean" + ("‡" if m.limited else ""), m.difference, m.low, m.high, "D", m.limited > 0)
+        for m in comparison.paired_means
+        if m.arm == arm
+    ]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.3 * len(rows)))
         axes = figure.add_subplot()
         axes.axvline(0, color=MUTED, linewidth=1)
-        for index, (name, value, low, high) in enumerate(rows):
-            filled = colour if name != "mean" else "none"
+        for index, (_, value, low, high, shape, hollow) in enumerate(rows):
             errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.errorbar(
-                [value],
-                [index],
-                xerr=errors,
-                fmt="o" if name != "mean" else "D",
-                markersize=6,
-                color=colour,
-                markerfacecolor=filled,
-                elinewidth=1.6,
-            )
+                [value], [index], xerr=errors, fmt=shape, markersize=6, color=colour, markerfacecolor="none" if hollow else colour, elinewidth=1.6,
+            )  # fmt: skip
         axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        reach = max([1.0, *(abs(bound) for row in rows for bound in row[2:])]) * 1.1
+        reach = max([1.0, *(abs(bound) for row in rows for bound in row[2:4])]) * 1.1
         axes.set_xlim(-reach, reach)
         axes.set_xlabel(f"{arm} minus {pairs[0].control}, percentage points on the same items, bar: 95 % interval")
         axes.grid(axis="y", visible=False)

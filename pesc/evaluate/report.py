@@ -48,7 +48,7 @@ def build(ctx: StageContext) -> BuildResult:
     records, baselines = read_records(ctx.inputs), load_baselines()
     measured = in_reading_order(measured, baselines)
     kinds = arm_kinds(measured, records)
-    comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines)
+    comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines, config.replicates)
     results = collect(config, comparison, measured, records, kinds, baselines)
     plots = draw(comparison, records, kinds, results)
     _write(ctx.out, results, plots, choose_samples(answers, comparison.benchmarks, kinds, config.samples_per_benchmark))
@@ -87,9 +87,7 @@ def collect(
 ) -> dict[str, Any]:
     """results.json: everything on the page as plain data."""
     models = {arm: next(r.model for (a, _), r in measured.items() if a == arm) for arm in kinds}
-    names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
-    taken = list(names.values())  # two settings of one benchmark: the recipe's names tell them apart
-    names = {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
+    names = benchmark_names(measured, baselines)
     training = {
         arm: {"method": run.method, "facts": dict(run.facts), "trainable": list(run.trainable), "settings": dict(run.settings)}
         | ({"held_out": [dict(run.held_out[0]), dict(run.held_out[-1])]} if run.held_out else {})
@@ -111,6 +109,13 @@ def collect(
         "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
         "settings": settings, "rules": list(RULES),
     }  # fmt: skip
+
+
+def benchmark_names(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[str, str]:
+    """What to call each benchmark; of two settings of one, the recipe's names tell them apart."""
+    names = {benchmark: _row_name(result, baselines) or benchmark for (_, benchmark), result in measured.items()}
+    taken = list(names.values())
+    return {benchmark: f"{name} ({benchmark})" if taken.count(name) > 1 else name for benchmark, name in names.items()}
 
 
 def _row_name(result: BenchmarkResult, baselines: Baselines) -> str | None:
@@ -249,12 +254,19 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
         "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
-        "signed": tables.format_signed,
+        "signed": tables.format_signed, "own_setting": tables.own_setting, "limit_mark": tables.limit_mark, "published_mark": tables.published_mark,
+        "items": tables.format_items, "verdict_basis": tables.verdict_basis, "mean_basis": tables.mean_basis,
+        "runs_basis": tables.runs_basis, "replicated_name": tables.replicated_name,
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
     }  # fmt: skip
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
     inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
     return page.render(
-        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results)
+        r=results,
+        plots=inlined,
+        samples=samples,
+        colours=drawing.arm_colours(kinds),
+        figure_rows=tables.figure_rows(results),
+        mark_notes=tables.mark_notes(results),
     )

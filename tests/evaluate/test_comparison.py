@@ -6,7 +6,8 @@ import pytest
 
 from pesc.errors import EvaluationError
 from pesc.evaluate.baselines import load_baselines
-from pesc.evaluate.comparison import comparability, compare, compare_paired, score_interval
+from pesc.evaluate.comparability import comparability, score_interval
+from pesc.evaluate.comparison import compare, compare_paired
 from tests.evaluate.builders import make_result, make_samples
 
 BASELINES = load_baselines()
@@ -15,6 +16,10 @@ BASELINES = load_baselines()
 def run(results, answers=None, systems=("gpt-3.5",), control="qlora"):
     arms = tuple(dict.fromkeys(arm for arm, _ in results))
     return compare(results, answers or {}, arms, control, systems, BASELINES)
+
+
+def reasons_beside(system: str, row: str, result):
+    return comparability(result, BASELINES.figure(system, row), BASELINES.benchmarks[row])
 
 
 def mmlu(right: int, total: int = 14042, **changes):
@@ -54,22 +59,90 @@ def test_other_settings_are_named_and_never_outperform(result, reason):
 
 
 def test_a_figure_without_a_published_number_of_examples_is_not_comparable():
-    figure = BASELINES.figure("gpt-3.5-turbo-0613", "arc_challenge")
-    reasons = comparability(make_result([1] * 1172, task="arc_challenge", metric="acc_norm"), figure, BASELINES)
+    reasons = reasons_beside("camel-7b", "arc_challenge", make_result([1] * 1172, task="arc_challenge", metric="acc_norm"))
     assert reasons == ("5-shot, the figure's number of examples is not published",)
 
 
 def test_exact_match_is_accuracy_on_gsm8k():
     result = make_result([1] * 1319, task="gsm8k", metric="exact_match")
-    assert comparability(result, BASELINES.figure("gpt-3.5", "gsm8k"), BASELINES) == ()
+    assert reasons_beside("gpt-3.5", "gsm8k", result) == ()
 
 
-def test_overall_one_no_is_no_and_all_yes_is_yes():
-    better = {("pesc", "mmlu"): mmlu(10500), ("pesc", "gsm8k"): make_result([1] * 1000 + [0] * 319, task="gsm8k", metric="exact_match")}
+def gsm8k(right: int, **changes):
+    return make_result([1] * right + [0] * (1319 - right), **{"task": "gsm8k", "metric": "exact_match", **changes})
+
+
+def test_figures_that_no_run_can_be_compared_with_say_why():
+    mbpp = make_result([1] * 500, task="pesc_mbpp", metric="pass@1", shots=3)
+    assert reasons_beside("gpt-3.5", "mbpp", mbpp) == ("over the hand-verified subset of MBPP, not its 500 test questions",)
+    assert reasons_beside("gpt-3.5-turbo-0613", "mbpp", mbpp) == ()
+
+
+def test_another_way_of_answering_is_another_setting():
+    row = BASELINES.benchmarks["mmlu"]
+    step_by_step = BASELINES.figure("gpt-3.5", "mmlu").model_copy(update={"method": "chain of thought"})
+    assert comparability(mmlu(14042), step_by_step, row) == ("answered by answer alone, the figure by chain of thought",)
+    cot = make_result([1] * 5000, task="minerva_math", metric="exact_match", shots=4)
+    assert reasons_beside("gpt-3.5-turbo-0613", "math", cot) == ()
+
+
+def test_what_a_source_does_not_publish_is_said_and_keeps_the_figure_comparable():
+    result = gsm8k(700, filter="flexible-extract", chat_template_sha256="0" * 64)
+    figure = run({("pesc", "gsm8k"): result}).cells[0].figures[0]
+    assert figure.comparable
+    assert [text.split(";")[0] for text in figure.caveats] == ["asked in the chat template", "answers found by flexible-extract"]
+
+
+def test_a_score_without_a_standard_error_is_not_compared():
+    result = mmlu(14042, num_correct=None, stderr=None)
+    assert run({("pesc", "mmlu"): result}).cells[0].figures[0].outperforms == "cannot tell"
+
+
+def test_a_figure_has_a_sampling_error_of_its_own():
+    """60.0 % of 1,319 lies above 57.1 (Wilson from 57.3), but both are samples: Newcombe's interval of the difference holds 0."""
+    result = gsm8k(791)
+    assert score_interval(result)[1] > 0.571
+    figure = run({("pesc", "gsm8k"): result}).cells[0].figures[0]
+    assert (figure.outperforms, figure.comparable) == ("cannot tell", True)
+    assert figure.low < 0 < figure.high
+
+
+def test_overall_is_the_mean_over_comparable_figures():
+    better = {("pesc", "mmlu"): mmlu(10500), ("pesc", "gsm8k"): gsm8k(1000)}
     assert run(better).verdicts[0].outperforms == "yes"
-    worse = {**better, ("pesc", "gsm8k"): make_result([1] * 100 + [0] * 1219, task="gsm8k", metric="exact_match")}
-    verdict = run(worse).verdicts[0]
-    assert (verdict.yes, verdict.no, verdict.outperforms) == (1, 1, "no")
+    mixed = run({**better, ("pesc", "gsm8k"): gsm8k(100)}).verdicts[0]
+    assert (mixed.yes, mixed.no, mixed.outperforms, mixed.counted) == (1, 1, "no", 2)
+    made_up_for = run({**better, ("pesc", "gsm8k"): gsm8k(690)}).verdicts[0]
+    assert made_up_for.difference == pytest.approx(((10500 / 140.42 - 70) + (690 / 13.19 - 57.1)) / 2, abs=1e-3)
+
+
+def test_perfect_answers_outperform_although_some_figures_are_not_comparable():
+    results = {
+        ("pesc", "mmlu"): mmlu(14042), ("pesc", "gsm8k"): gsm8k(1319), ("pesc", "arc"): make_result([1] * 1172, task="arc_challenge", shots=0),
+        ("pesc", "mbpp"): make_result([1] * 500, task="pesc_mbpp", metric="pass@1", shots=3),
+    }  # fmt: skip
+    verdict = run(results).verdicts[0]
+    assert (verdict.outperforms, verdict.yes, verdict.not_comparable) == ("yes", 2, 2)
+
+
+def test_two_settings_of_a_benchmark_count_once_and_the_plain_one_is_taken():
+    chat = gsm8k(1319, chat_template_sha256="0" * 64)
+    verdict = run({("pesc", "a-chat"): chat, ("pesc", "gsm8k"): gsm8k(600)}).verdicts[0]
+    assert (verdict.counted, verdict.yes, verdict.no) == (1, 1, 1)
+    assert verdict.difference == pytest.approx(600 / 13.19 - 57.1, abs=1e-3)
+
+
+def test_nothing_comparable_cannot_be_told():
+    verdict = run({("pesc", "mmlu"): mmlu(14042, shots=0)}).verdicts[0]
+    assert (verdict.outperforms, verdict.counted, verdict.difference) == ("cannot tell", 0, None)
+
+
+def test_scores_that_are_not_right_or_wrong_are_tested_by_the_bootstrap():
+    first = [s.model_copy(update={"score": 0.8, "correct": None}) for s in make_samples([1] * 40)]
+    second = [s.model_copy(update={"score": 0.8 - (s.doc_id % 4) / 10, "correct": None}) for s in make_samples([1] * 40)]
+    pair, _ = compare_paired("a", "b", "x", first, second, seed=1)
+    assert (pair.only_arm, pair.discordant, pair.power_of_one_point) == (None, 30, None)
+    assert pair.p_value == pytest.approx(2 / 10_001)
 
 
 def test_intervals_are_wilsons_for_shares_and_normal_for_means_of_subtasks():

@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pesc.evaluate.intervals import holm, mcnemar_exact, paired_bootstrap, resampled_means, wilson_interval
+from pesc.evaluate.intervals import (
+    bootstrap_p,
+    difference_of,
+    holm,
+    mcnemar_exact,
+    mean_estimate,
+    mean_of,
+    p_of_zero,
+    paired_bootstrap,
+    resampled_means,
+    share_estimate,
+    wilson_interval,
+)
 
 
 @settings(deadline=None)
@@ -85,3 +97,42 @@ def test_bootstrap_covers_the_true_difference_about_95_times_in_100():
         low, high = paired_bootstrap(differences, trial)
         covered += low <= 0.1 <= high
     assert 180 <= covered <= 199
+
+
+def test_difference_of_two_shares_known_values():
+    """Newcombe 1998 (Statistics in Medicine 17, 873), table II, method 10: 56/70 - 48/80, 9/10 - 3/10, 10/10 - 0/20, 0/10 - 0/20."""
+    for first, second, low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+    ):
+        found = difference_of(*(share_estimate(k / n, n) for k, n in (first, second))).interval
+        assert found == pytest.approx((low, high), abs=5e-5)
+
+
+def test_p_of_zero_is_the_level_of_the_interval_that_touches_zero():
+    assert p_of_zero(mean_estimate(1.96, 1.0)) == pytest.approx(0.05, abs=1e-4)
+    assert p_of_zero(mean_estimate(-3.0, 1.0)) == pytest.approx(0.0026998, abs=1e-6)
+    assert p_of_zero(mean_estimate(0.0, 1.0)) == pytest.approx(1.0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 50), st.integers(0, 60))
+def test_a_small_p_and_an_interval_without_zero_are_the_same_thing(first, second):
+    difference = difference_of(share_estimate(first / 50, 50), share_estimate(second / 60, 60))
+    low, high = difference.interval
+    assert (p_of_zero(difference) < 0.05) == (low > 0 or high < 0)
+
+
+def test_the_mean_of_normal_estimates_has_the_root_of_summed_variances():
+    mean = mean_of([mean_estimate(1.0, 0.3), mean_estimate(3.0, 0.4)])
+    assert (mean.value, *mean.interval) == pytest.approx((2.0, 2.0 - 1.959964 * 0.25, 2.0 + 1.959964 * 0.25))
+    with pytest.raises(ValueError, match="no estimate"):
+        mean_of([])
+
+
+def test_bootstrap_p_agrees_with_its_interval():
+    means = resampled_means([1.0] * 30 + [-1.0] * 12 + [0.0] * 60, seed=1)
+    assert bootstrap_p(means) == pytest.approx(2 * (1 + int((means <= 0).sum())) / 10_001)
+    assert bootstrap_p(np.zeros(99)) == 1.0

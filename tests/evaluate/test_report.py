@@ -82,8 +82,72 @@ def test_the_table_has_every_arm_and_marks_what_is_not_comparable(tmp_path, inpu
     results = json.loads((run(tmp_path, inputs) / "results.json").read_text())
     lines = results_table(results).splitlines()
     assert lines[0] == "| benchmark | setting | sparse | control | base | GPT-3.5 |"
-    assert lines[2] == "| MMLU | acc, 5-shot, 57 of 14,042 items | 70.2 [57.3, 80.5] | 52.6 [39.9, 65.0] | 0.0 [0.0, 6.3] | 70.0† |"
+    assert lines[2] == "| MMLU | acc, 5-shot, 57 of 14,042 items | 70.2 [57.3, 80.5]‡ | 52.6 [39.9, 65.0]‡ | 0.0 [0.0, 6.3]‡ | 70.0† |"
     assert lines[3].startswith("| GSM8K | exact_match, 5-shot, 10 items | 50.0 [23.7, 76.3] | 50.0 [23.7, 76.3] | – | 57.1")
+
+
+@pytest.fixture
+def one_arm_limited(tmp_path):
+    """Two arms on GSM8K: one was asked everything in a chat template, the other ten questions without."""
+    full = write_evaluation(tmp_path / "full", [1] * 800 + [0] * 519, task="gsm8k", metric="exact_match", chat_template_sha256="0" * 64)
+    part = write_evaluation(tmp_path / "part", [1] * 5 + [0] * 5, task="gsm8k", metric="exact_match", available=1319)
+    return {"evaluate[control/gsm8k]": full, "evaluate[base/gsm8k]": part}
+
+
+def test_one_limited_arm_beside_a_full_one_is_marked_in_its_own_cell(tmp_path, one_arm_limited):
+    out = run(tmp_path, one_arm_limited)
+    results = json.loads((out / "results.json").read_text())
+    row = results_table(results).splitlines()[2]
+    assert "| exact_match, 5-shot |" in row
+    assert "50.0 [23.7, 76.3]‡ (10 of 1,319 items, no chat template)" in row
+    assert re.search(r"60\.7 \[58\.0, 63\.3\] \(1,319 items, chat template\)", row)
+    assert row.endswith("| 57.1(†) |")
+    page = (out / "report.html").read_text()
+    assert re.search(r"<td>50\.0‡<small>23\.7 – 76\.3<br>10 of 1,319 items, no chat template</small></td>", page)
+    assert re.search(r"<td>60\.7<small>58\.0 – 63\.3<br>1,319 items, chat template</small></td>", page)
+    for view in (page, (out / "report.md").read_text()):
+        assert "‡ not every question was asked" in view
+        assert "(†)" in view
+        assert "base outperforms GPT-3.5" in re.sub("<[^>]*>", "", view)
+        assert "nothing comparable: 1 figure not comparable†" in view
+
+
+def test_limits_are_marked_in_pairs_verdicts_and_plots(tmp_path, inputs, monkeypatch):
+    from pesc.evaluate import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, draw=plots._svg: (drawn.append(figure), draw(figure))[1])
+    out = run(tmp_path, inputs)
+    results = json.loads((out / "results.json").read_text())
+    rows = {line.split(" | ")[1]: line for line in tables.paired_table(results).splitlines() if line.startswith("| sparse")}
+    assert "| 57 of 14,042‡ |" in rows["MMLU"]
+    assert "| 10 |" in rows["GSM8K"]
+    assert "mean of 2‡" in rows
+    assert "sparse against control: cannot tell" in tables.verdict_lines(results)[3]
+    assert tables.verdict_lines(results)[3].endswith("1 of 2 benchmarks in part‡)")
+    labels = [[label.get_text() for label in figure.axes[0].get_yticklabels()] for figure in drawn[:2]]
+    assert labels == [["MMLU‡", "GSM8K"], ["MMLU‡", "GSM8K", "mean‡"]]
+    hollow = [
+        [line.get_markerfacecolor() == "none" for line in figure.axes[0].get_lines() if line.get_marker() in "oD" and len(line.get_xdata())]
+        for figure in drawn[:2]
+    ]
+    assert True in hollow[0]
+    assert False in hollow[0]
+    assert hollow[1] == [True, False, True]
+    page = (out / "report.html").read_text()
+    assert "57 of 14,042‡" in page
+    assert "1 of 2 benchmarks in part‡" in page
+
+
+def test_what_could_not_have_been_seen_is_said(tmp_path, inputs):
+    out = run(tmp_path, inputs)
+    results = json.loads((out / "results.json").read_text())
+    mean = results["comparison"]["paired_means"][0]
+    sentence = f"cannot resolve less than {mean['resolves']:.1f} points"
+    assert mean["resolves"] > 5
+    assert sentence in (out / "report.html").read_text()
+    assert sentence in (out / "report.md").read_text()
+    assert "how much another seed would differ is not known" in (out / "report.html").read_text()
 
 
 def test_pairs_verdicts_and_kinds(tmp_path, inputs):

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pesc.errors import EvaluationError
 
+Method = Literal["answer alone", "chain of thought"]
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +30,7 @@ class BenchmarkEntry(_Entry):
     items: int = Field(gt=0, description="Questions in the full evaluated split.")
     tasks: tuple[str, ...] = Field(description="lm-eval tasks that measure it.")
     partial_tasks: tuple[str, ...] = Field((), description="Tasks over another selection of its questions.")
+    method: Method = Field("answer alone", description="How the tasks' solved examples answer: at once, or step by step.")
 
 
 class SystemEntry(_Entry):
@@ -49,6 +52,8 @@ class Figure(_Entry):
     source: str = Field(min_length=10)
     date: str = Field(pattern=r"^\d{4}-\d{2}$")
     note: str = ""
+    method: Method | None = Field(None, description="How the system was asked to answer; null where the source does not say.")
+    never: str = Field("", description="Why no measured score is comparable with this figure; empty when one can be.")
 
 
 class Baselines(_Entry):

@@ -1,0 +1,131 @@
+"""Arms that were trained several times: the difference with what another seed would change in it.
+
+A benchmark's mean difference between two arms varies for two reasons: other questions, and other training runs. With m and k runs of
+the arms, n questions,
+
+    variance = s_arm^2 / m + s_control^2 / k + s_questions^2 / n
+
+where s_arm and s_control are the spreads of the runs' scores, and s_questions that of the questions' differences between the arms' means
+over runs, less what single runs scatter on single questions, which the first two terms hold already (a two-way analysis of variance; a
+bootstrap of runs and questions counts that scatter three times). The interval is Student's with Welch and Satterthwaite's degrees of
+freedom: two or three runs make it wide, as they should; resampling so few runs would not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pesc.errors import EvaluationError
+from pesc.evaluate.results import Sample
+
+
+@dataclass(frozen=True)
+class RunsDifference:
+    """Arm minus control over several runs of both, as fractions."""
+
+    difference: float
+    stderr: float
+    degrees: float
+    spread_arm: float
+    """Standard deviation of the arm's score from run to run."""
+    spread_control: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        half = t_quantile(0.975, self.degrees) * self.stderr
+        return self.difference - half, self.difference + half
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of no difference."""
+        if self.stderr == 0:
+            return 1.0 if self.difference == 0 else 0.0
+        return 2 * (1 - t_cdf(abs(self.difference) / self.stderr, self.degrees))
+
+
+def score_matrix(runs: Sequence[Sequence[Sample]], label: str) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """The items' keys, and scores [runs, items].  Raises EvaluationError when runs were asked different items or lack scores."""
+    tables = [{sample.key: sample.score for sample in run} for run in runs]
+    keys = sorted(tables[0])
+    if any(table.keys() != tables[0].keys() for table in tables):
+        raise EvaluationError(f"{label}: its training runs were asked different items, so they are not taken together.")
+    if any(score is None for table in tables for score in table.values()):
+        raise EvaluationError(f"{label}: items without a score, so its training runs are not taken together.")
+    return keys, np.array([[table[key] for key in keys] for table in tables], dtype=float)
+
+
+def runs_difference(arm_BSI: Sequence[np.ndarray], control_BSI: Sequence[np.ndarray]) -> RunsDifference:
+    """Mean over benchmarks of the difference of two arms.  Each array: [runs, items] of one benchmark, the same runs in each.
+
+    Runs are models, so a run's scores on the benchmarks go together and their mean is taken first. Raises ValueError for fewer than two
+    runs of an arm.
+    """
+    arm, control = (np.mean([scores.mean(axis=1) for scores in arrays], axis=0) for arrays in (arm_BSI, control_BSI))
+    if len(arm) < 2 or len(control) < 2:
+        raise ValueError("the spread between runs needs two runs of each arm")
+    questions = [_question_variance(a, c) for a, c in zip(arm_BSI, control_BSI, strict=True)]
+    items = sum(scores.shape[1] - 1 for scores in arm_BSI)
+    parts = [
+        (float(arm.var(ddof=1)) / len(arm), len(arm) - 1),
+        (float(control.var(ddof=1)) / len(control), len(control) - 1),
+        (sum(questions) / len(questions) ** 2, items),
+    ]
+    variance = sum(part for part, _ in parts)
+    weights = sum(part**2 / max(1, degrees) for part, degrees in parts)
+    degrees = variance**2 / weights if weights else math.inf
+    spreads = float(arm.std(ddof=1)), float(control.std(ddof=1))
+    return RunsDifference(float(arm.mean() - control.mean()), math.sqrt(variance), degrees, *spreads)
+
+
+def _question_variance(arm_SI: np.ndarray, control_SI: np.ndarray) -> float:
+    """Variance of the mean difference that comes from the choice of questions."""
+    items = arm_SI.shape[1]
+    if items < 2:
+        return 0.0
+    differences = float((arm_SI.mean(axis=0) - control_SI.mean(axis=0)).var(ddof=1))
+    scatter = sum(_scatter(scores) / len(scores) for scores in (arm_SI, control_SI))
+    return max(0.0, differences - scatter) / items
+
+
+def _scatter(scores_SI: np.ndarray) -> float:
+    """Variance of single runs on single questions: the residual mean square of runs x questions."""
+    runs, items = scores_SI.shape
+    rest = scores_SI - scores_SI.mean(axis=1, keepdims=True) - scores_SI.mean(axis=0, keepdims=True) + scores_SI.mean()
+    return float((rest**2).sum()) / ((runs - 1) * (items - 1))
+
+
+def groups_of(arms: Sequence[str], replicates: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Arm -> itself and its further runs, of those that have results; arms that stand for others are no groups of their own."""
+    others = {name for names in replicates.values() for name in names}
+    return {arm: (arm, *(name for name in replicates.get(arm, ()) if name in arms)) for arm in arms if arm not in others}
+
+
+def t_cdf(t: float, degrees: float) -> float:
+    """Student's distribution function for t >= 0, by Simpson's rule after t = sqrt(degrees) tan(angle); exact to 1e-8 or so."""
+    if math.isinf(degrees) or degrees > 1e7:
+        return 0.5 * math.erfc(-t / math.sqrt(2))
+    top = math.atan(t / math.sqrt(degrees))
+    angles = np.linspace(0.0, top, 1001)
+    with np.errstate(divide="ignore"):
+        heights = np.exp((degrees - 1) * np.log(np.cos(angles)))
+    weights = np.ones(1001)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2
+    area = float(heights @ weights) * top / (3 * 1000)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    return min(1.0, 0.5 + scale * area)
+
+
+@lru_cache(maxsize=256)
+def t_quantile(probability: float, degrees: float) -> float:
+    """The t that Student's distribution stays below with this probability (above 0.5)."""
+    low, high = 0.0, 1000.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, degrees) < probability else (low, middle)
+    return low
