@@ -8,11 +8,11 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from pesc.data.card import DATA_STAGES
-from pesc.errors import RecipeError
+from pesc.errors import PescError, RecipeError
 from pesc.pipeline import build_graph
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import Recipe
-from pesc.run import Job, Outcome, RunRecord, resolve
+from pesc.run import Holes, Job, Outcome, RunRecord, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job
@@ -42,26 +42,28 @@ def run_name() -> str:
 
 
 def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, Outcome]:
-    """Run what the selection allows; returns the outcome by address.  Raises the PescError of the action that failed.
+    """Run what the selection allows; returns the outcome by address.
 
+    Raises the PescError of the action that failed; HolesError, after everything else was done and shown, when benchmarks failed.
     Which actions were used is recorded in the store also when a later one fails.
     """
     outcomes: dict[str, Outcome] = {}
     with library_records():
         plan = make_plan(recipe, store, selection)
         publish_plan(plan, build_graph(recipe))
-        record = RunRecord(store, recipe)
+        record, holes = RunRecord(store, recipe), Holes()
         try:
-            _run_actions(plan, store, selection, outcomes, record)
+            _run_actions(plan, store, selection, outcomes, record, holes)
         finally:
             record.write(outcomes)
         publish_summary(recipe.name, outcomes)
         if "report" in outcomes:
             publish_report(store, recipe.name, outcomes)
+        holes.end(recipe, store, outcomes)
     return outcomes
 
 
-def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome], record: RunRecord) -> None:
+def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[str, Outcome], record: RunRecord, holes: Holes) -> None:
     log = get_run_logger()
     log.info("%s in %s: %s.", plan.recipe.name, store.root, ", ".join(f"{n} {status}" for status, n in plan.counts.items() if n))
     data = [action.address for action in plan if action.address in DATA_STAGES]
@@ -71,7 +73,12 @@ def _run_actions(plan: Plan, store: Store, selection: Selection, outcomes: dict[
         if job.refresh or store.find(job.key.stage, job.fingerprint) is None:
             record.write(outcomes)
             log.info("RUN %s: %s", job.address, step.reason)
-        outcome = step.finish(run_job(TASKS[step.node.stage.name], job, store))
+        try:
+            outcome = step.finish(run_job(TASKS[step.node.stage.name], job, store))
+        except PescError as error:
+            holes.take(step, error)
+            log.error("%s failed, the run goes on without it: %s", job.address, error)
+            continue
         outcomes[outcome.address] = outcome
         if outcome.how == "hit":
             log.info("%s cached, object %s", outcome.address, outcome.ref.digest[:8])

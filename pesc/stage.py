@@ -129,7 +129,7 @@ def map_here(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory.
+    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory, `digests` to that object's name.
 
     `map_shards(function, items)` gives function(item) for each item, in the order of the items, from as many workers as the execution
     block says, on this machine or a cluster that shares its file system.  The function is a module-level one (or a `functools.partial` of
@@ -145,6 +145,7 @@ class StageContext:
     execution: Execution = field(default_factory=Execution)
     on_progress: Callable[[Progress], None] = lambda _progress: None
     map_shards: MapShards = map_here
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def progress(self, done: float, total: float, unit: str = "steps", message: str = "", **fields: float) -> None:
         """Report progress; cheap enough to call for every unit."""

@@ -41,3 +41,9 @@ class ReportConfig(StageConfig):
     baselines: tuple[str, ...] = Field(default=("gpt-3.5",), description="Columns of published figures beside the measured ones.")
     control_arm: str = Field(default="qlora", description="Arm that the others are compared with.")
     samples_per_benchmark: int = Field(default=3, ge=0, description="Items shown in full on the page.")
+
+
+class FilledReportConfig(ReportConfig):
+    """What the report stage is given: the recipe's block, and what the graph knows."""
+
+    expected: tuple[str, ...] = Field(default=(), description="Addresses of all benchmarks of the recipe; one without a result is a hole.")

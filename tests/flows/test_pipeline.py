@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from flows.pipeline import pipeline
-from pesc.errors import DataError, RecipeError
+from pesc.errors import DataError, HolesError, RecipeError
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
 from pesc.run import run_recipe
@@ -112,6 +112,23 @@ def test_a_failure_shows_its_sentence_and_the_next_run_goes_on_from_there(recipe
     _, state = run(recipe_file, store)
     assert fakes.CALLS[0] == "train[pesc]"
     assert state.is_completed()
+
+
+def test_a_benchmark_that_dies_is_a_failed_task_and_a_hole_and_the_next_run_fills_it(recipe_file, fakes, store):
+    fakes.FAIL_AT.add("evaluate[pesc/quiz]")
+    flow_run_id, state = run(recipe_file, store)
+    assert state.is_failed()
+    states = observe.task_states(flow_run_id, 13)
+    assert {address: name for address, name in states.items() if name != "Completed"} == {"evaluate[pesc/quiz]": "Failed"}
+    with pytest.raises(HolesError, match=r"row 3 of data\.json has no answer"):
+        state.result()
+    assert {"benchmarks-tiny", "run-tiny"} <= set(observe.artifacts(flow_run_id))
+    fakes.FAIL_AT.clear()
+    fakes.CALLS.clear()
+    flow_run_id, state = run(recipe_file, store)
+    assert state.is_completed()
+    assert fakes.CALLS == ["evaluate[pesc/quiz]"]
+    assert {a for a, name in observe.task_states(flow_run_id, 13).items() if name == "Completed"} == {"evaluate[pesc/quiz]", "report"}
 
 
 def test_the_ui_gets_the_plan_the_results_and_the_library_s_log(recipe_file, fakes, store):
