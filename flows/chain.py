@@ -16,7 +16,7 @@ from pesc.run import Holes, Job, Outcome, RunRecord, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job
-from tasks.reporting import publish_card, publish_plan, publish_report, publish_summary
+from tasks.reporting import publish_card, publish_history, publish_plan, publish_report, publish_summary
 from tasks.table import TASKS
 
 
@@ -59,6 +59,8 @@ def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, O
         publish_summary(recipe.name, outcomes)
         if "report" in outcomes:
             publish_report(store, recipe.name, outcomes)
+        if any(outcome.ref.stage == "evaluate" for outcome in outcomes.values()):
+            publish_history(store, recipe.name, outcomes)
         holes.end(recipe, store, outcomes)
     return outcomes
 

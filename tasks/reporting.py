@@ -1,6 +1,7 @@
 """Plans, progress, results and reports as artifacts of the Prefect UI.
 
-Artifacts of one key keep their history: `benchmarks-demo` is a time line of benchmark tables. An artifact is a view, so one that cannot
+Artifacts of one key keep their history: `benchmarks-demo` is a time line of benchmark tables, `benchmark-pesc-mmlu-demo` one of a single
+benchmark, with a version for every run, whether it computed the result or found it. An artifact is a view, so one that cannot
 be written costs a warning and never a run.
 """
 
@@ -15,7 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 from uuid import UUID
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from pesc.pipeline import Graph
 from pesc.plan import Plan
@@ -174,6 +181,28 @@ def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -
     text = (place / "report.md").read_text(encoding="utf-8")
     create_markdown_artifact(f"{text}\n\nPage: `{page}`\n", key=artifact_key("benchmarks", recipe), description=f"Results of {recipe}")
     create_link_artifact(page.as_uri(), link_text=str(page), key=artifact_key("page", recipe), description=f"Report page of {recipe}")
+
+
+@_best_effort
+def publish_history(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Each benchmark of this run with its runs before, and all of the recipe's over time: lines, and a table."""
+    from pesc.evaluate.history import benchmark_markdown, history_markdown, history_rows, read_history
+
+    history = read_history(store, recipe)
+    for address, outcome in outcomes.items():
+        points = history.get(address) or []
+        if points and points[-1].fingerprint == outcome.ref.fingerprint:
+            text = benchmark_markdown(address, recipe, points)
+            create_markdown_artifact(text, key=benchmark_key(address, recipe), description=f"{address} {recipe}: {points[-1].text}")
+    if history:
+        title = f"Benchmarks of {recipe} over its runs"
+        create_markdown_artifact(history_markdown(recipe, history), key=artifact_key("history", recipe), description=title)
+        create_table_artifact(history_rows(history), key=artifact_key("history-table", recipe), description=title)
+
+
+def benchmark_key(address: str, recipe: str) -> str:
+    """`benchmark-pesc-mmlu-demo` for evaluate[pesc/mmlu] of demo."""
+    return artifact_key("benchmark", address.removeprefix("evaluate"), recipe)
 
 
 @_best_effort

@@ -5,6 +5,7 @@
     language_model.py  lm-eval's Hugging Face model with a journal of answers       sandbox/      runs model-written code
     report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
     baselines/         published figures with their sources                         intervals.py  intervals and tests
+    origins.py         which object each number comes from, and holes            history.py     each benchmark over the runs of a recipe
     training_page.py   one training run in Markdown, with its curves, for people who follow a pipeline
     records.py, tables.py, plots.py, templates/                                     parts of the page
 
