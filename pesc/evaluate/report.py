@@ -241,6 +241,14 @@ def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples
     (out / "report.html").write_text(render_page(results, plots, samples), encoding="utf-8")
 
 
+def _count(value: float) -> str:
+    """A number of parameters: 6.74 B, 134.5 M, 12.3 K, 640."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}" if unit == "B" else f"{value / size:.1f} {unit}"
+    return f"{value:g}"
+
+
 def _whole_markdown(results: Mapping[str, Any]) -> str:
     """report.md: what is missing comes right after the title, where the numbers come from last."""
     title, _, rest = report_markdown(results).partition("\n\n")
@@ -260,7 +268,7 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     environment = page_environment("pesc.evaluate")
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
-        "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
+        "millions": _count, "number": tables.format_number,
         "signed": tables.format_signed,
         "origin_id": origin_id,
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
