@@ -8,6 +8,7 @@ Key contracts
 - Failures leave finished actions as they are and the failing one's workspace for the next attempt.
 - A benchmark that fails leaves a hole: the others are still run, the report is built without it and says so, and the run ends with
   the sentence of every failure. Running again builds what is missing.
+- Benchmarks of one arm are independent: `execution.parallel_benchmarks` of them are built at once, each in a process of its own.
 - Stages marked `isolated` run in a process of their own; the caller never imports torch.
 """
 
@@ -17,10 +18,11 @@ import importlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,24 +130,64 @@ def run_recipe(
     """
     outcomes: dict[str, Outcome] = {}
     record, holes = RunRecord(store, recipe), Holes()
+
+    def end(step: Step, result: Outcome | PescError) -> None:
+        if isinstance(result, PescError):
+            holes.take(step, result)
+            on_hole(step.node, result)
+        else:
+            outcomes[step.node.address] = step.finish(result)
+            on_outcome(result)
+
     try:
-        for step in resolve(recipe, store, selection):
-            if step.job is None:
-                outcomes[step.node.address] = step.outcome
-            else:
+        for steps in resolve(recipe, store, selection):
+            if any(step.job for step in steps):
                 record.write(outcomes)
-                on_action(step.node, step.reason)
-                try:
-                    outcomes[step.node.address] = step.finish(build_or_open(store, step.job, on_progress))
-                except PescError as error:
-                    holes.take(step, error)
-                    on_hole(step.node, error)
-                    continue
-            on_outcome(outcomes[step.node.address])
+            slots = min(recipe.execution.parallel_benchmarks, sum(step.job is not None for step in steps))
+            if slots > 1:
+                _build_side_by_side(store, steps, slots, on_action, on_progress, end)
+                done = {step.node.address: outcomes.pop(step.node.address) for step in steps if step.node.address in outcomes}
+                outcomes |= done  # in the recipe's order, whichever was first
+            else:
+                _build_in_turn(store, steps, on_action, on_progress, end)
     finally:
         record.write(outcomes)
     holes.end(recipe, store, outcomes)
     return outcomes
+
+
+OnAction = Callable[[Node, str], None]
+OnEnd = Callable[["Step", Outcome | PescError], None]
+
+
+def _build_in_turn(store: Store, steps: Sequence[Step], on_action: OnAction, on_progress: ProgressCallback, end: OnEnd) -> None:
+    for step in steps:
+        if step.job is None:
+            end(step, step.outcome)
+            continue
+        on_action(step.node, step.reason)
+        try:
+            result: Outcome | PescError = build_or_open(store, step.job, on_progress)
+        except PescError as error:
+            result = error
+        end(step, result)
+
+
+def _build_side_by_side(
+    store: Store, steps: Sequence[Step], slots: int, on_action: OnAction, on_progress: ProgressCallback, end: OnEnd
+) -> None:
+    from pesc.launch.side_by_side import run_jobs
+
+    by_address = {step.node.address: step for step in steps}
+    for step in steps:
+        if step.job is None:
+            end(step, step.outcome)
+    run_jobs(
+        store, [step.job for step in steps if step.job], slots,
+        on_start=lambda job: on_action(by_address[job.address].node, by_address[job.address].reason),
+        on_progress=lambda job, progress: on_progress(replace(progress, message=f"{job.address} {progress.message}".rstrip())),
+        on_end=lambda job, result: end(by_address[job.address], result),
+    )  # fmt: skip
 
 
 class Holes:
@@ -225,10 +267,11 @@ class Step:
         self.failed = True
 
 
-def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bool = False) -> Iterator[Step]:
+def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bool = False) -> Iterator[tuple[Step, ...]]:
     """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
 
-    The caller runs each step's job and calls `step.finish` (or `step.fail`) before it asks for the next. Raises RecipeError, before anything is
+    What comes together may be built at the same time: benchmarks that follow one another. The caller runs each step's job and calls
+    `step.finish` (or `step.fail`) before it asks for the next. Raises RecipeError, before anything is
     built, when an action is BLOCKED or the report names figures that do not exist. With `hits_as_jobs` HITs come with a job too, for callers that show them.
     """
     plan = make_plan(recipe, store, selection)
@@ -236,26 +279,41 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
         raise RecipeError(_blocked_sentence(recipe, blocked))
     if any(action.node.stage.name == "report" and action.status == "RUN" for action in plan):
         _check_figures(recipe)
-    graph, refs, holes = build_graph(recipe), {}, set()
+    graph = build_graph(recipe)
+    refs: dict[str, ArtifactRef] = {}
+    holes: set[str] = set()
     refreshed = selection.refreshed(graph)
     reasons = {action.address: action.reason for action in plan}
-    for node in (n for n in graph.nodes if n.address in reasons):
-        missing = [address for address in node.inputs.values() if address in holes]
-        if missing and not _can_do_without(node, missing):
-            holes.add(node.address)
-            continue
-        job = make_job(node, recipe, refs, refresh=node.address in refreshed)
-        manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
-        hit = manifest.ref if manifest else None
-        reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
-        reason = f"without {', '.join(missing)}; {reason}" if missing else reason
-        step = Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs, node.address in graph.may_fail)
-        yield step
-        if step.failed:
-            refs.pop(node.address, None)
-            holes.add(node.address)
-        elif node.address not in refs:
-            raise RuntimeError(f"the caller of resolve() did not finish {node.address}")
+    for group in _independent(node for node in graph.nodes if node.address in reasons):
+        steps: list[Step] = []
+        for node in group:
+            missing = [address for address in node.inputs.values() if address in holes]
+            if missing and not _can_do_without(node, missing):
+                holes.add(node.address)
+                continue
+            job = make_job(node, recipe, refs, refresh=node.address in refreshed)
+            manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
+            hit = manifest.ref if manifest else None
+            reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
+            reason = f"without {', '.join(missing)}; {reason}" if missing else reason
+            steps.append(Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs, node.address in graph.may_fail))
+        if steps:
+            yield tuple(steps)
+        for step in steps:
+            if step.failed:
+                refs.pop(step.node.address, None)
+                holes.add(step.node.address)
+            elif step.node.address not in refs:
+                raise RuntimeError(f"the caller of resolve() did not finish {step.node.address}")
+
+
+def _independent(nodes: Iterable[Node]) -> Iterator[list[Node]]:
+    """Nodes one by one, benchmarks that follow one another together: none of them reads another."""
+    for is_benchmark, group in groupby(nodes, key=lambda node: node.stage.name == "evaluate"):
+        if is_benchmark:
+            yield list(group)
+        else:
+            yield from ([node] for node in group)
 
 
 def _can_do_without(node: Node, missing: list[str]) -> bool:

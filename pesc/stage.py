@@ -79,6 +79,11 @@ class Execution(BaseModel):
     )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
+    parallel_benchmarks: int = Field(
+        default=1,
+        ge=1,
+        description="Benchmarks that are run at the same time, each in a process with a GPU of its own where there are several.",
+    )
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
     task_runner: Literal["local", "dask", "ray"] = Field(
         default="local",

@@ -96,7 +96,7 @@ def _read(store: Store, fingerprint: str) -> tuple[Manifest, BenchmarkResult] | 
 
 def _point(time: datetime, manifest: Manifest, result: BenchmarkResult, before: Manifest | None) -> Point:
     from pesc.evaluate.comparison import METRIC_KINDS, score_interval
-    from pesc.plan import changes_between
+    from pesc.store.changes import changes_between
 
     percent = result.num_correct is not None or METRIC_KINDS.get(result.metric) is not None
     scale = 100.0 if percent else 1.0

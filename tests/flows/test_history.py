@@ -18,7 +18,7 @@ def versions(key: str) -> list[str]:
     """Texts of a key's artifacts, in the order in which they were made."""
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.UPDATED_DESC)
-    return [str(artifact.data) for artifact in sorted(found, key=lambda artifact: artifact.created)]
+    return [str(artifact.data) for artifact in sorted(found, key=lambda artifact: str(artifact.created))]
 
 
 def latest(key: str) -> str:

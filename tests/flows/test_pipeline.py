@@ -176,3 +176,31 @@ def test_the_data_card_is_published_once_the_data_is_there_and_only_when_it_is_n
     assert cards[1:] == [("tiny", "tokenize")], "before the model is touched"
     run(recipe_file, store, refresh=["evaluate[pesc]"])
     assert len(cards) == 2
+
+
+def test_benchmarks_at_the_same_time_are_tasks_of_their_own_and_one_that_fails_leaves_the_others(
+    recipe_file, fakes, store, tmp_path, monkeypatch
+):
+    import sys
+
+    from pesc.launch import side_by_side
+
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    monkeypatch.setenv("PESC_TEST_TRACE", str(trace))
+    monkeypatch.setenv("PESC_TEST_MEET", "pesc-quiz,pesc-exam")
+    monkeypatch.setenv("PESC_TEST_FAIL", "pesc-oral")
+    monkeypatch.setattr(side_by_side, "PROGRAM", (sys.executable, "-m", "tests.launch.fake_job"))
+    run_recipe(load_recipe(recipe_file), store, Selection(until=("merge[pesc]",)))
+    fakes.CALLS.clear()
+    overrides = [f"evaluate.benchmarks.{name}={{task: arc_{name}, metric: acc}}" for name in ("exam", "oral")]
+    flow_run_id, state = run(
+        recipe_file, store, until=["evaluate[pesc]"], overrides=[*overrides, "execution.parallel_benchmarks=2"]
+    )  # fmt: skip
+    with pytest.raises(DataError, match="failed as asked"):
+        state.result()
+    states = {address: name for address, name in observe.task_states(flow_run_id, 11).items() if address.startswith("evaluate")}
+    assert states == {"evaluate[pesc/quiz]": "Completed", "evaluate[pesc/exam]": "Completed", "evaluate[pesc/oral]": "Failed"}
+    assert fakes.CALLS == []
+    assert {path.stem: path.read_text() for path in trace.glob("pesc-[qe]*.met")}.keys() == {"pesc-quiz", "pesc-exam"}
+    assert "2" in {path.read_text() for path in trace.glob("*.met")}
