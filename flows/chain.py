@@ -18,7 +18,7 @@ from pesc.run import Holes, Job, Outcome, RunRecord, Step, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job, run_jobs_at_once
-from tasks.reporting import publish_card, publish_history, publish_plan, publish_report, publish_summary
+from tasks.reporting import publish_card, publish_cost, publish_history, publish_plan, publish_report, publish_summary
 from tasks.table import TASKS
 
 
@@ -59,6 +59,7 @@ def run_chain(recipe: Recipe, store: Store, selection: Selection) -> dict[str, O
         finally:
             record.write(outcomes)
         publish_summary(recipe.name, outcomes)
+        publish_cost(store, recipe.name, outcomes)
         if "report" in outcomes:
             publish_report(store, recipe.name, outcomes)
         if any(outcome.ref.stage == "evaluate" for outcome in outcomes.values()):

@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -29,6 +29,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pesc.errors import CancelledError, HolesError, PescError, RecipeError, StoreBusyError, StoreError, disk_sentence
+from pesc.launch.energy import EnergyMeter
 from pesc.launch.pool import worker_pool
 from pesc.pipeline import Node, Stage, build_graph, stage_named
 from pesc.plan import PlannedAction, Selection, key_of, make_plan, reason_to_run
@@ -102,11 +103,13 @@ def build_or_open(
             return Outcome(job.address, manifest.ref, "hit", time.monotonic() - started)
         workspace.clear_output()
         began = datetime.now(UTC)
-        with open_shards(job.execution, job.address) as map_shards:
+        with open_shards(job.execution, job.address) as map_shards, EnergyMeter() if stage.wants_gpu else nullcontext() as meter:
             result = call_builder(stage, _context(store, job, workspace.root, on_progress, map_shards))
         digest, entries = store.publish(workspace.out)
         seconds = time.monotonic() - started
         manifest = _manifest(job, stage, digest, entries, result, began, seconds)
+        if meter is not None and meter.joules is not None:
+            manifest.energy = {"joules": round(meter.joules, 1), "gpus": meter.gpus, "source": "NVML"}
         _keep_records(workspace.root, store.action_path(stage.name, job.fingerprint), ("log.txt", *stage.keeps))
         store.commit(manifest)
         workspace.discard()

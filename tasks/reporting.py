@@ -215,6 +215,18 @@ def publish_card(store: Store, recipe: Recipe) -> None:
 
 
 @_best_effort
+def publish_cost(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Time, GPU-hours, dollars and measured energy of every result that the run has used, whenever it was made."""
+    from pesc.cost import HEAD, NOTE, cost_of, cost_rows
+
+    manifests = [store.manifest(outcome.ref.stage, outcome.ref.fingerprint) for outcome in outcomes.values()]
+    table = markdown_table(list(HEAD), cost_rows(cost_of(manifest) for manifest in manifests if manifest))
+    create_markdown_artifact(
+        f"# Cost of {recipe}\n\n{table}\n\n{NOTE}\n", key=artifact_key("cost", recipe), description=f"Cost of {recipe}"
+    )
+
+
+@_best_effort
 def publish_summary(recipe: str, outcomes: Mapping[str, Outcome]) -> None:
     """What was built and what was there already."""
     rows = [
