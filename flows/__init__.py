@@ -14,7 +14,8 @@ Key contracts
 - The same words as the command line: only, start (`--from`), until, refresh; patterns are stages or addresses.
 - Upstream results are derived from recipe and store; nobody pastes identifiers.
 - A PescError reaches Prefect as it is, so the failed state shows the sentence that a terminal would.
-- Tasks run one after another in the main thread.
+- Tasks run one after another in the main thread; `execution.parallel_benchmarks` benchmarks of an arm at the same time.
+- A benchmark that fails leaves a hole: the rest is run, the report shows it, and the flow run fails at its end.
 
 Never: wraps the chain in a Prefect transaction (one late failure would undo the record of every finished stage), retries a flow
 (finished stages are hits anyway: run it again).

@@ -18,7 +18,7 @@ from flows.chain import open_store
 from flows.server import server_sentence, server_settings
 from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption, Until
 from pesc.console import render_report
-from pesc.errors import PescError
+from pesc.errors import HolesError, PescError
 from pesc.recipe import load_recipe
 from pesc.run import Outcome
 from pesc.store import Store
@@ -45,9 +45,13 @@ def run(
     load_recipe(recipe, overrides or ())  # a wrong one is told at once, before any server starts
     place = open_store(str(store) if store else None)
     with server_settings():
-        outcomes = pipeline(
-            recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, store=str(place.root)
-        )  # fmt: skip
+        try:
+            outcomes = pipeline(
+                recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, store=str(place.root)
+            )  # fmt: skip
+        except HolesError as error:
+            print(render_outcomes(place, error.finished))
+            raise
     print(render_outcomes(place, outcomes))
 
 

@@ -10,6 +10,7 @@ Map
     publish/      a model on the hub
     generate/     answers of a model         model_argument.py   the MODEL of a command     model_card.py   its README.md
     fit/          does a training fit, how long, at what price           devices.py   GPUs: memory, peak rates, prices
+    cost.py       what results took: hours, dollars, measured energy     reproduce.py   a stored result built again and compared
     bench/        measurements of speed and memory, each beside its control
 
 Promises: importing `pesc`, planning, and the command line never import torch. Nothing here imports Prefect, `tasks` or `flows`.

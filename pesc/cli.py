@@ -6,6 +6,8 @@ pesc run demo --refresh evaluate          run it (no server needed)
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
 pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
 pesc compare demo demo@20260101 --out DIR runs side by side, item by item: intervals, tests, verdicts
+pesc reproduce 3f2a91bc77aa               build a stored result again from its manifest, and compare every byte
+pesc cost demo                            time, GPU-hours, dollars and measured energy of what has been built
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
@@ -169,6 +171,46 @@ def explain(recipe: RecipeArgument, address: str, overrides: Overrides = None, s
         print(action.manifest.model_dump_json(indent=2, exclude={"output": {"files"}}))
     else:
         print(json.dumps(action.node.config.model_dump(mode="json"), indent=2))
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(help="The start of an object's digest, as the report names it, or of a fingerprint.", metavar="OBJECT")
+    ],
+    store: StoreOption = None,
+) -> None:
+    """Build a stored result again from its manifest, and compare every byte.  The store is left as it is."""
+    from pesc.console import progress_bar
+    from pesc.reproduce import find_manifest, verdict
+    from pesc.reproduce import reproduce as build_again
+
+    place = _store(store)
+    manifest = find_manifest(place, name)
+    with progress_bar(manifest.address) as progress:
+        found = build_again(place, manifest, lambda p: progress(p.done, p.total, p.unit, p.message))
+    if not found.is_same:
+        raise PescError(verdict(found))
+    print(verdict(found))
+
+
+@app.command()
+def cost(recipe: RecipeArgument, overrides: Overrides = None, store: StoreOption = None) -> None:
+    """What the results that the store has took: time, GPU-hours, dollars, and energy where it was measured."""
+    from pesc.cost import HEAD, NOTE, cost_rows, costs_of
+
+    costs = costs_of(make_plan(load_recipe(recipe, overrides or ()), _store(store)))
+    if not costs:
+        raise RecipeError(f"Nothing of recipe {recipe!r} is in the store {_store(store).root}. `pesc run {recipe}` builds it.")
+    rows = [list(HEAD), *cost_rows(costs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    for row in rows:
+        print(
+            "  ".join(
+                cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    print(NOTE)
 
 
 @app.command()

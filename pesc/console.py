@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from pesc.errors import HolesError, PescError
 from pesc.pipeline import Node
 from pesc.plan import Selection, make_plan
 from pesc.progress_text import experts_text, fields_text, held_out_text, numbers_text
@@ -64,16 +65,23 @@ class ConsoleRun:
         logging.getLogger("pesc").removeHandler(self._handler)
 
     def run(self, recipe: Recipe, store: Store, selection: Selection) -> dict[str, Outcome]:
-        """Run, show, and print where the report is."""
+        """Run, show, and print where the report is.  Raises PescError; HolesError after the same lines, when benchmarks failed."""
         self._total = len(make_plan(recipe, store, selection).actions)
         started = time.monotonic()
-        outcomes = run_recipe(recipe, store, selection, self._start, self._finish, self._progress)
+        try:
+            outcomes = run_recipe(recipe, store, selection, self._start, self._finish, self._progress, self._fail)
+        except HolesError as error:
+            self._end(store, error.finished, started)
+            raise
+        self._end(store, outcomes, started)
+        return outcomes
+
+    def _end(self, store: Store, outcomes: Mapping[str, Outcome], started: float) -> None:
         self._bar.stop()
         built = sum(o.how == "built" for o in outcomes.values())
         self._console.print(f"{built} built, {len(outcomes) - built} cached, in {time.monotonic() - started:.1f} s. Store: {store.root}")
         if "report" in outcomes:
             self._console.print(render_report(store, outcomes["report"]), markup=False)
-        return outcomes
 
     def _start(self, node: Node, reason: str) -> None:
         self._address, self._last_line = node.address, time.monotonic()
@@ -90,6 +98,15 @@ class ConsoleRun:
         self._console.print(
             f"{how:<{19 if 'green' in how else 20}} {took}  {address}  [dim]{outcome.ref.digest[:8]}  ({self._count}/{self._total})[/]"
         )
+
+    def _fail(self, node: Node, error: PescError) -> None:
+        self._count += 1
+        self._bar.update(self._task, visible=False)
+        self._bar.details = None
+        self._console.print(
+            f"[red]failed[/]             {escape(node.address)}  [dim]the run goes on without it  ({self._count}/{self._total})[/]"
+        )
+        self._console.print(f"       {error}", markup=False)
 
     def _progress(self, progress: StageProgress) -> None:
         note = "  ".join(filter(None, [progress.message, fields_text(progress.fields)]))

@@ -80,3 +80,18 @@ def peak_of(driver_name: str) -> float | None:
     words = driver_name.replace("-", " ").split()
     fitting = [product for product in peaks if all(word in words for word in product.split())]
     return peaks[max(fitting, key=len)] * 1e12 if fitting else None
+
+
+def device_of(driver_name: str) -> Device | None:
+    """The GPU that its driver calls so; None for one without an entry.  The longest product's name that fits counts.
+
+    A100s differ in memory alone: the driver's name has it (`NVIDIA A100-SXM4-40GB`), and without it the larger is taken.
+    """
+    words = driver_name.replace("-", " ").split()
+    fitting = [device for device in DEVICES.values() if all(word in words for word in device.product.split())]
+    if not fitting:
+        return None
+    longest = max(len(device.product) for device in fitting)
+    best = [device for device in fitting if len(device.product) == longest]
+    sized = [device for device in best if f"{round(device.memory / _GIB / 10) * 10}GB" in words]
+    return (sized or sorted(best, key=lambda device: -device.memory))[0]

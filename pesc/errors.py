@@ -7,7 +7,9 @@ Front ends print the message alone; a traceback is shown only for a defect of th
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class PescError(Exception):
@@ -97,6 +99,14 @@ class ServeError(PescError):
 
 class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
+
+
+class HolesError(PescError):
+    """Benchmarks that ended without a result, in a run whose other actions are finished.  `finished`: their outcomes by address."""
+
+    def __init__(self, message: str, finished: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.finished = dict(finished or {})
 
 
 def disk_sentence(error: OSError, root: Path) -> str | None:

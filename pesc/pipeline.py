@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfig
 from pesc.errors import RecipeError
-from pesc.evaluate.config import BenchmarkConfig, ReportConfig
+from pesc.evaluate.config import BenchmarkConfig, FilledReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.stage import StageConfig
 from pesc.train.config import TrainConfig
@@ -201,7 +201,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        ReportConfig,
+        FilledReportConfig,
         2,
         "pesc.evaluate.report:build",
         (
@@ -210,6 +210,7 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.comparability",
             "pesc.evaluate.comparison",
             "pesc.evaluate.intervals",
+            "pesc.evaluate.origins",
             "pesc.evaluate.plots",
             "pesc.evaluate.power",
             "pesc.evaluate.records",
@@ -246,6 +247,8 @@ class Node:
     config: StageConfig
     inputs: Mapping[str, str]
     """Input name -> address of the upstream node."""
+    optional: frozenset[str] = frozenset()
+    """Inputs that may be left out when their action failed; the node is built as long as one of them is there."""
 
     @property
     def address(self) -> str:
@@ -263,6 +266,11 @@ class Graph:
     def by_address(self) -> dict[str, Node]:
         """Nodes by address."""
         return {node.address: node for node in self.nodes}
+
+    @cached_property
+    def may_fail(self) -> frozenset[str]:
+        """Addresses whose failure leaves a hole in what reads them instead of ending the run."""
+        return frozenset(node.inputs[name] for node in self.nodes for name in node.optional)
 
     def select(self, patterns: Iterable[str]) -> set[str]:
         """Addresses that match: a stage name (all its instances), an address, or an arm's prefix `evaluate[pesc]`.
@@ -313,8 +321,8 @@ def build_graph(recipe: Recipe) -> Graph:
     return Graph(tuple(nodes))
 
 
-def _node(stage: str, instance: str, config: StageConfig, inputs: Mapping[str, str]) -> Node:
-    return Node(_BY_NAME[stage], instance, config, dict(inputs))
+def _node(stage: str, instance: str, config: StageConfig, inputs: Mapping[str, str], optional: Iterable[str] = ()) -> Node:
+    return Node(_BY_NAME[stage], instance, config, dict(inputs), frozenset(optional))
 
 
 def _used_sources(recipe: Recipe) -> list[str]:
@@ -353,4 +361,6 @@ def _arm_nodes(recipe: Recipe, arm: str) -> Iterable[Node]:
 def _report_node(recipe: Recipe, nodes: Iterable[Node]) -> Node:
     wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate"}
     inputs = {n.address: n.address for n in nodes if n.stage.name in wanted}
-    return _node("report", "", recipe.report, inputs)
+    benchmarks = tuple(n.address for n in nodes if n.stage.name == "evaluate")
+    config = FilledReportConfig(**recipe.report.model_dump(), expected=benchmarks)
+    return _node("report", "", config, inputs, optional=benchmarks)

@@ -6,6 +6,9 @@ Key contracts
 - `build_or_open` is the one way in which an action comes to be. It asks the store first, also when another process may have
   finished the same action meanwhile; it commits before it returns.
 - Failures leave finished actions as they are and the failing one's workspace for the next attempt.
+- A benchmark that fails leaves a hole: the others are still run, the report is built without it and says so, and the run ends with
+  the sentence of every failure. Running again builds what is missing.
+- Benchmarks of one arm are independent: `execution.parallel_benchmarks` of them are built at once, each in a process of its own.
 - Stages marked `isolated` run in a process of their own; the caller never imports torch.
 """
 
@@ -15,16 +18,18 @@ import importlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pesc.errors import PescError, RecipeError, StoreError, disk_sentence
+from pesc.errors import CancelledError, HolesError, PescError, RecipeError, StoreBusyError, StoreError, disk_sentence
+from pesc.launch.energy import EnergyMeter
 from pesc.launch.pool import worker_pool
 from pesc.pipeline import Node, Stage, build_graph, stage_named
 from pesc.plan import PlannedAction, Selection, key_of, make_plan, reason_to_run
@@ -75,8 +80,8 @@ class Outcome:
 
 
 def make_job(node: Node, recipe: Recipe, refs: Mapping[str, ArtifactRef], refresh: bool = False) -> Job:
-    """The job of a node whose inputs are finished; `refs` maps addresses to references."""
-    inputs = {name: refs[address] for name, address in node.inputs.items()}
+    """The job of a node whose inputs are finished; `refs` maps addresses to references.  Optional inputs may be absent from it."""
+    inputs = {name: refs[address] for name, address in node.inputs.items() if address in refs or name not in node.optional}
     key = key_of(node, {name: ref.digest for name, ref in inputs.items()})
     return Job(address=node.address, recipe=recipe.name, key=key, inputs=inputs, execution=recipe.execution, refresh=refresh)
 
@@ -98,11 +103,13 @@ def build_or_open(
             return Outcome(job.address, manifest.ref, "hit", time.monotonic() - started)
         workspace.clear_output()
         began = datetime.now(UTC)
-        with open_shards(job.execution, job.address) as map_shards:
-            result = _call_builder(stage, _context(store, job, workspace.root, on_progress, map_shards))
+        with open_shards(job.execution, job.address) as map_shards, EnergyMeter() if stage.wants_gpu else nullcontext() as meter:
+            result = call_builder(stage, _context(store, job, workspace.root, on_progress, map_shards))
         digest, entries = store.publish(workspace.out)
         seconds = time.monotonic() - started
         manifest = _manifest(job, stage, digest, entries, result, began, seconds)
+        if meter is not None and meter.joules is not None:
+            manifest.energy = {"joules": round(meter.joules, 1), "gpus": meter.gpus, "source": "NVML"}
         _keep_records(workspace.root, store.action_path(stage.name, job.fingerprint), ("log.txt", *stage.keeps))
         store.commit(manifest)
         workspace.discard()
@@ -117,25 +124,106 @@ def run_recipe(
     on_action: Callable[[Node, str], None] = lambda _node, _reason: None,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
     on_progress: ProgressCallback = lambda _p: None,
+    on_hole: Callable[[Node, PescError], None] = lambda _node, _error: None,
 ) -> dict[str, Outcome]:
     """Run everything the selection allows; returns the outcome by address.
 
-    `on_action(node, reason)` is called before an action is built, `on_outcome` after each action. Raises PescError.
+    `on_action(node, reason)` is called before an action is built, `on_outcome` after each action, `on_hole` when a benchmark failed.
+    Raises PescError; HolesError, at the end, when benchmarks failed.
     """
     outcomes: dict[str, Outcome] = {}
-    record = RunRecord(store, recipe)
+    record, holes = RunRecord(store, recipe), Holes()
+
+    def end(step: Step, result: Outcome | PescError) -> None:
+        if isinstance(result, PescError):
+            holes.take(step, result)
+            on_hole(step.node, result)
+        else:
+            outcomes[step.node.address] = step.finish(result)
+            on_outcome(result)
+
     try:
-        for step in resolve(recipe, store, selection):
-            if step.job is not None:
+        for steps in resolve(recipe, store, selection):
+            if any(step.job for step in steps):
                 record.write(outcomes)
-                on_action(step.node, step.reason)
-                outcomes[step.node.address] = step.finish(build_or_open(store, step.job, on_progress))
+            slots = min(recipe.execution.parallel_benchmarks, sum(step.job is not None for step in steps))
+            if slots > 1:
+                _build_side_by_side(store, steps, slots, on_action, on_progress, end)
+                done = {step.node.address: outcomes.pop(step.node.address) for step in steps if step.node.address in outcomes}
+                outcomes |= done  # in the recipe's order, whichever was first
             else:
-                outcomes[step.node.address] = step.outcome
-            on_outcome(outcomes[step.node.address])
+                _build_in_turn(store, steps, on_action, on_progress, end)
     finally:
         record.write(outcomes)
+    holes.end(recipe, store, outcomes)
     return outcomes
+
+
+OnAction = Callable[[Node, str], None]
+OnEnd = Callable[["Step", Outcome | PescError], None]
+
+
+def _build_in_turn(store: Store, steps: Sequence[Step], on_action: OnAction, on_progress: ProgressCallback, end: OnEnd) -> None:
+    for step in steps:
+        if step.job is None:
+            end(step, step.outcome)
+            continue
+        on_action(step.node, step.reason)
+        try:
+            result: Outcome | PescError = build_or_open(store, step.job, on_progress)
+        except PescError as error:
+            result = error
+        end(step, result)
+
+
+def _build_side_by_side(
+    store: Store, steps: Sequence[Step], slots: int, on_action: OnAction, on_progress: ProgressCallback, end: OnEnd
+) -> None:
+    from pesc.launch.side_by_side import run_jobs
+
+    by_address = {step.node.address: step for step in steps}
+    for step in steps:
+        if step.job is None:
+            end(step, step.outcome)
+    run_jobs(
+        store, [step.job for step in steps if step.job], slots,
+        on_start=lambda job: on_action(by_address[job.address].node, by_address[job.address].reason),
+        on_progress=lambda job, progress: on_progress(replace(progress, message=f"{job.address} {progress.message}".rstrip())),
+        on_end=lambda job, result: end(by_address[job.address], result),
+    )  # fmt: skip
+
+
+class Holes:
+    """The benchmarks of one run that failed while the rest went on."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, PescError] = {}
+
+    def take(self, step: Step, error: PescError) -> None:
+        """Note a failure.  Raises the error again when the run cannot go on after it."""
+        ends_everything = isinstance(error, StoreError | CancelledError) and not isinstance(error, StoreBusyError)
+        if not step.may_fail or ends_everything:
+            raise error
+        self.errors[step.node.address] = error
+        step.fail()
+
+    def end(self, recipe: Recipe, store: Store, outcomes: Mapping[str, Outcome]) -> None:
+        """Raises what failed: the error itself when it is one and no report was made without it, else HolesError with every sentence."""
+        if not self.errors:
+            return
+        count, report = len(self.errors), outcomes.get("report")
+        if count == 1 and report is None:
+            raise next(iter(self.errors.values()))
+        shown = ""
+        if report is not None:
+            page = store.object_path(report.ref.digest) / "report.html"
+            shown = f"; the report {page} shows {'it as a hole' if count == 1 else 'them as holes'}"
+        lines = [f"{address}: {error}" for address, error in self.errors.items()]
+        raise HolesError(
+            f"{count} {'benchmark' if count == 1 else 'benchmarks'} of {recipe.name} ended without a result{shown}. "
+            "Everything else is finished and kept; run again to fill in what is missing.\n" + "\n".join(lines),
+            outcomes,
+        )
 
 
 class RunRecord:
@@ -156,10 +244,13 @@ class RunRecord:
 
 
 class Step:
-    """One action of a run in progress: a HIT with its `outcome`, or a `job` whose outcome `finish` must be told."""
+    """One action of a run in progress: a HIT with its `outcome`, or a `job` whose outcome `finish` must be told (or `fail`)."""
 
-    def __init__(self, node: Node, reason: str, job: Job | None, hit: ArtifactRef | None, refs: dict[str, ArtifactRef]) -> None:
-        self.node, self.reason, self.job, self._hit, self._refs = node, reason, job, hit, refs
+    def __init__(
+        self, node: Node, reason: str, job: Job | None, hit: ArtifactRef | None, refs: dict[str, ArtifactRef], may_fail: bool = False
+    ) -> None:
+        self.node, self.reason, self.job, self._hit, self._refs, self.may_fail = node, reason, job, hit, refs, may_fail
+        self.failed = False
         if hit:
             refs[node.address] = hit
 
@@ -174,11 +265,16 @@ class Step:
         self._refs[self.node.address] = outcome.ref
         return outcome
 
+    def fail(self) -> None:
+        """Leave a hole: what can do without this result goes on."""
+        self.failed = True
 
-def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bool = False) -> Iterator[Step]:
+
+def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bool = False) -> Iterator[tuple[Step, ...]]:
     """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
 
-    The caller runs each step's job and calls `step.finish` before it asks for the next. Raises RecipeError, before anything is
+    What comes together may be built at the same time: benchmarks that follow one another. The caller runs each step's job and calls
+    `step.finish` (or `step.fail`) before it asks for the next. Raises RecipeError, before anything is
     built, when an action is BLOCKED or the report names figures that do not exist. With `hits_as_jobs` HITs come with a job too, for callers that show them.
     """
     plan = make_plan(recipe, store, selection)
@@ -186,17 +282,46 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
         raise RecipeError(_blocked_sentence(recipe, blocked))
     if any(action.node.stage.name == "report" and action.status == "RUN" for action in plan):
         _check_figures(recipe)
-    graph, refs = build_graph(recipe), {}
+    graph = build_graph(recipe)
+    refs: dict[str, ArtifactRef] = {}
+    holes: set[str] = set()
     refreshed = selection.refreshed(graph)
     reasons = {action.address: action.reason for action in plan}
-    for node in (n for n in graph.nodes if n.address in reasons):
-        job = make_job(node, recipe, refs, refresh=node.address in refreshed)
-        manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
-        hit = manifest.ref if manifest else None
-        reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
-        yield Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs)
-        if node.address not in refs:
-            raise RuntimeError(f"the caller of resolve() did not finish {node.address}")
+    for group in _independent(node for node in graph.nodes if node.address in reasons):
+        steps: list[Step] = []
+        for node in group:
+            missing = [address for address in node.inputs.values() if address in holes]
+            if missing and not _can_do_without(node, missing):
+                holes.add(node.address)
+                continue
+            job = make_job(node, recipe, refs, refresh=node.address in refreshed)
+            manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
+            hit = manifest.ref if manifest else None
+            reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
+            reason = f"without {', '.join(missing)}; {reason}" if missing else reason
+            steps.append(Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs, node.address in graph.may_fail))
+        if steps:
+            yield tuple(steps)
+        for step in steps:
+            if step.failed:
+                refs.pop(step.node.address, None)
+                holes.add(step.node.address)
+            elif step.node.address not in refs:
+                raise RuntimeError(f"the caller of resolve() did not finish {step.node.address}")
+
+
+def _independent(nodes: Iterable[Node]) -> Iterator[list[Node]]:
+    """Nodes one by one, benchmarks that follow one another together: none of them reads another."""
+    for is_benchmark, group in groupby(nodes, key=lambda node: node.stage.name == "evaluate"):
+        if is_benchmark:
+            yield list(group)
+        else:
+            yield from ([node] for node in group)
+
+
+def _can_do_without(node: Node, missing: list[str]) -> bool:
+    optional = {node.inputs[name] for name in node.optional}
+    return optional.issuperset(missing) and bool(optional.difference(missing))
 
 
 def _check_figures(recipe: Recipe) -> None:
@@ -230,10 +355,12 @@ def _context(store: Store, job: Job, work: Path, on_progress: ProgressCallback, 
         execution=job.execution,
         on_progress=on_progress,
         map_shards=map_shards,
+        digests={name: ref.digest for name, ref in job.inputs.items()},
     )
 
 
-def _call_builder(stage: Stage, ctx: StageContext) -> BuildResult:
+def call_builder(stage: Stage, ctx: StageContext) -> BuildResult:
+    """Run a stage's builder, in a process of its own where the table says so."""
     if stage.isolated:
         from pesc.launch.isolated import build_isolated
 

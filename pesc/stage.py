@@ -81,6 +81,11 @@ class Execution(BaseModel):
     )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
     evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
+    parallel_benchmarks: int = Field(
+        default=1,
+        ge=1,
+        description="Benchmarks that are run at the same time, each in a process with a GPU of its own where there are several.",
+    )
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
     task_runner: Literal["local", "dask", "ray"] = Field(
         default="local",
@@ -131,7 +136,7 @@ def map_here(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory.
+    """Everything a builder gets.  `inputs` maps an input's name (see the stage table) to its object directory, `digests` to that object's name.
 
     `map_shards(function, items)` gives function(item) for each item, in the order of the items, from as many workers as the execution
     block says, on this machine or a cluster that shares its file system.  The function is a module-level one (or a `functools.partial` of
@@ -147,6 +152,7 @@ class StageContext:
     execution: Execution = field(default_factory=Execution)
     on_progress: Callable[[Progress], None] = lambda _progress: None
     map_shards: MapShards = map_here
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def progress(self, done: float, total: float, unit: str = "steps", message: str = "", **fields: float) -> None:
         """Report progress; cheap enough to call for every unit."""

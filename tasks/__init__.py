@@ -12,8 +12,9 @@ Key contracts
 - The store is the one truth. Prefect's cache record lies inside the action's directory, is removed when the store misses the action,
   and is written when the store has it. A task is `Cached` exactly when the store has the result.
 - A task returns an `ArtifactRef` of under 1 KB, never data.
-- A stage's task is called directly, never `.submit()`ed: only the main thread receives a cancellation, and only from there may a stage's
-  processes be started (`pesc.launch`). Its shards may be submitted to a cluster's task runner (`cluster.py`).
+- A stage's processes are started by the main thread alone (`pesc.launch`): only it receives a cancellation. So a stage's task is called
+  directly; benchmarks that run at the same time are submitted to threads, which hand their jobs to the main thread and wait
+  (`execution.py`). A stage's shards may be submitted to a cluster's task runner (`cluster.py`).
 - Where the store is, is decided at each call and never at import.
 
 Never: mathematics, data, or a decision about what runs; those are in `pesc`.

@@ -1,6 +1,7 @@
 """Plans, progress, results and reports as artifacts of the Prefect UI.
 
-Artifacts of one key keep their history: `benchmarks-demo` is a time line of benchmark tables. An artifact is a view, so one that cannot
+Artifacts of one key keep their history: `benchmarks-demo` is a time line of benchmark tables, `benchmark-pesc-mmlu-demo` one of a single
+benchmark, with a version for every run, whether it computed the result or found it. An artifact is a view, so one that cannot
 be written costs a warning and never a run.
 """
 
@@ -15,7 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 from uuid import UUID
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from pesc.pipeline import Graph
 from pesc.plan import Plan
@@ -177,12 +184,46 @@ def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -
 
 
 @_best_effort
+def publish_history(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Each benchmark of this run with its runs before, and all of the recipe's over time: lines, and a table."""
+    from pesc.evaluate.history import benchmark_markdown, history_markdown, history_rows, read_history
+
+    history = read_history(store, recipe)
+    for address, outcome in outcomes.items():
+        points = history.get(address) or []
+        if points and points[-1].fingerprint == outcome.ref.fingerprint:
+            text = benchmark_markdown(address, recipe, points)
+            create_markdown_artifact(text, key=benchmark_key(address, recipe), description=f"{address} {recipe}: {points[-1].text}")
+    if history:
+        title = f"Benchmarks of {recipe} over its runs"
+        create_markdown_artifact(history_markdown(recipe, history), key=artifact_key("history", recipe), description=title)
+        create_table_artifact(history_rows(history), key=artifact_key("history-table", recipe), description=title)
+
+
+def benchmark_key(address: str, recipe: str) -> str:
+    """`benchmark-pesc-mmlu-demo` for evaluate[pesc/mmlu] of demo."""
+    return artifact_key("benchmark", address.removeprefix("evaluate"), recipe)
+
+
+@_best_effort
 def publish_card(store: Store, recipe: Recipe) -> None:
     """The data card of what has been built so far."""
     from pesc.data.card import built_data, render_card
 
     text = render_card(built_data(recipe, store)).markdown
     create_markdown_artifact(text, key=artifact_key("data-card", recipe.name), description=f"Data of {recipe.name}")
+
+
+@_best_effort
+def publish_cost(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Time, GPU-hours, dollars and measured energy of every result that the run has used, whenever it was made."""
+    from pesc.cost import HEAD, NOTE, cost_of, cost_rows
+
+    manifests = [store.manifest(outcome.ref.stage, outcome.ref.fingerprint) for outcome in outcomes.values()]
+    table = markdown_table(list(HEAD), cost_rows(cost_of(manifest) for manifest in manifests if manifest))
+    create_markdown_artifact(
+        f"# Cost of {recipe}\n\n{table}\n\n{NOTE}\n", key=artifact_key("cost", recipe), description=f"Cost of {recipe}"
+    )
 
 
 @_best_effort

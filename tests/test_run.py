@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pesc.errors import DataError, EvaluationError, RecipeError, StoreError, disk_sentence
+from pesc.errors import DataError, EvaluationError, HolesError, RecipeError, StoreError, disk_sentence
 from pesc.plan import Selection, make_plan
 from pesc.run import adopt, make_job, run_recipe
 from pesc.store.maintenance import fsck
@@ -248,3 +248,69 @@ def test_figures_that_the_report_cannot_find_are_told_before_anything_is_built(f
     with pytest.raises(EvaluationError, match=message):
         run_recipe(tiny_recipe(**changes), store)
     assert fakes.CALLS == []
+
+
+def test_a_benchmark_that_dies_leaves_a_hole_and_the_rerun_fills_it(fakes, store, tiny_recipe):
+    recipe = tiny_recipe(evaluate={"benchmarks": {"exam": {"task": "arc_challenge", "metric": "acc"}}})
+    fakes.FAIL_AT.add("evaluate[pesc/quiz]")
+    seen = []
+    with pytest.raises(HolesError) as caught:
+        run_recipe(recipe, store, on_hole=lambda node, error: seen.append((node.address, type(error))))
+    assert seen == [("evaluate[pesc/quiz]", DataError)]
+    assert fakes.CALLS[-4:] == ["train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "evaluate[qlora/exam]", "report"][-4:]
+    assert "evaluate[pesc/exam]" in fakes.CALLS
+    report = caught.value.finished["report"].ref
+    sentence = str(caught.value)
+    assert sentence.startswith("1 benchmark of tiny ended without a result; the report ")
+    assert f"{report.digest}/report.html shows it as a hole. Everything else is finished and kept; run again" in sentence
+    assert "evaluate[pesc/quiz]: evaluate[pesc/quiz] failed as asked: row 3 of data.json has no answer. Give it one." in sentence
+    manifest = store.find("report", report.fingerprint)
+    assert "evaluate[pesc/quiz]" not in manifest.key.inputs
+    assert "evaluate[pesc/quiz]" in manifest.key.config["expected"]
+    assert fsck(store).is_clean
+    fakes.FAIL_AT.clear()
+    fakes.CALLS.clear()
+    outcomes = run_recipe(recipe, store)
+    assert fakes.CALLS == ["evaluate[pesc/quiz]", "report"]
+    assert {a for a, o in outcomes.items() if o.how == "built"} == {"evaluate[pesc/quiz]", "report"}
+    assert outcomes["report"].ref.fingerprint != report.fingerprint
+
+
+def test_every_sentence_of_several_failures_is_told_and_a_report_of_nothing_is_not_made(fakes, store, tiny_recipe):
+    fakes.FAIL_AT |= {"evaluate[pesc/quiz]", "evaluate[qlora/quiz]"}
+    with pytest.raises(HolesError) as caught:
+        run_recipe(tiny_recipe(), store)
+    assert "report" not in fakes.CALLS
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("2 benchmarks of tiny ended without a result. Everything else is finished")
+    assert [line.partition(":")[0] for line in lines[1:]] == ["evaluate[pesc/quiz]", "evaluate[qlora/quiz]"]
+
+
+def test_a_benchmark_asked_for_alone_fails_with_its_own_error(fakes, store, tiny_recipe):
+    run_recipe(tiny_recipe(), store, Selection(until=("merge",)))
+    fakes.FAIL_AT.add("evaluate[pesc/quiz]")
+    with pytest.raises(DataError, match="row 3"):
+        run_recipe(tiny_recipe(), store, Selection(only=("evaluate[pesc/quiz]",)))
+
+
+@pytest.mark.parametrize("address", ["train[pesc]", "report"])
+def test_what_others_cannot_do_without_ends_the_run(fakes, store, tiny_recipe, address):
+    fakes.FAIL_AT.add(address)
+    with pytest.raises(DataError, match="row 3"):
+        run_recipe(tiny_recipe(), store)
+    assert fakes.CALLS[-1] == address
+
+
+def test_a_full_disk_in_a_benchmark_ends_the_run(fakes, store, tiny_recipe, monkeypatch):
+    import errno
+
+    run_recipe(tiny_recipe(), store, Selection(until=("merge",)))
+    fakes.CALLS.clear()
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(store), "publish", full)
+    with pytest.raises(StoreError, match=r"is full\. Free space"):
+        run_recipe(tiny_recipe(), store)
+    assert fakes.CALLS == ["evaluate[pesc/quiz]"]

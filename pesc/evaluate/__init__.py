@@ -8,6 +8,7 @@
     comparability.py   which published figures count, and why others do not         verdict.py    when a difference is one
     power.py           how small a difference a set of questions can show           replicates.py several training runs of an arm
     runs.py            pesc compare: evaluations of several runs side by side
+    origins.py         which object each number comes from, and holes            history.py     each benchmark over the runs of a recipe
     training_page.py   one training run in Markdown, with its curves, for people who follow a pipeline
     records.py, tables.py, plots.py, templates/                                     parts of the page
 

@@ -45,3 +45,9 @@ class ReportConfig(StageConfig):
         description="Arm -> arms that are the same trained with other seeds; their spread enters the verdict between arms.",
     )
     samples_per_benchmark: int = Field(default=3, ge=0, description="Items shown in full on the page.")
+
+
+class FilledReportConfig(ReportConfig):
+    """What the report stage is given: the recipe's block, and what the graph knows."""
+
+    expected: tuple[str, ...] = Field(default=(), description="Addresses of all benchmarks of the recipe; one without a result is a hole.")

@@ -209,7 +209,7 @@ def plot_expert_load(load: Mapping[str, Any], experts: Mapping[int, int]) -> str
     names, layers = list(experts), len(shares[0])
     values = [[shares[column][row] * experts[name] for column in columns] for row, name in enumerate(names)]
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(_WIDTH, min(5.0, 1.3 + 0.075 * layers)))
+        figure = Figure(figsize=(_WIDTH, min(5.0, max(2.4, 1.3 + 0.075 * layers))))  # lower than 2.4 inches, the bar's label is cut
         axes = figure.add_subplot()
         top = max(2.0, min(float(max(experts.values())), max(max(row) for row in values)))
         image = axes.imshow(

@@ -18,7 +18,8 @@ from typing import Any
 from pesc.errors import EvaluationError
 from pesc.evaluate.baselines import Baselines, load_baselines
 from pesc.evaluate.comparison import RULES, Comparison, compare
-from pesc.evaluate.config import ReportConfig
+from pesc.evaluate.config import FilledReportConfig, ReportConfig
+from pesc.evaluate.origins import evaluation, find_holes, find_origins, holes_sentence, origin_id, origins_markdown
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
 from pesc.evaluate.tables import report_markdown, results_table
@@ -50,11 +51,14 @@ def build(ctx: StageContext) -> BuildResult:
     kinds = arm_kinds(measured, records)
     comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines, config.replicates)
     results = collect(config, comparison, measured, records, kinds, baselines)
+    expected = config.expected if isinstance(config, FilledReportConfig) else ()
+    results |= {"origins": find_origins(ctx.digests, results["names"]), "holes": find_holes(expected, measured)}
     plots = draw(comparison, records, kinds, results)
     _write(ctx.out, results, plots, choose_samples(answers, comparison.benchmarks, kinds, config.samples_per_benchmark))
     ctx.progress(len(folders) + 1, len(folders) + 1, unit="evaluations", message="page written")
     verdicts = {f"{v.arm} vs {v.system}": v.outperforms for v in comparison.verdicts}
-    return BuildResult(metrics={"seconds": round(time.perf_counter() - started, 2), "evaluations": len(folders), "outperforms": verdicts})
+    metrics = {"seconds": round(time.perf_counter() - started, 2), "evaluations": len(folders), "outperforms": verdicts}
+    return BuildResult(metrics=metrics | {"holes": [hole["address"] for hole in results["holes"]]})
 
 
 def in_reading_order(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[tuple[str, str], BenchmarkResult]:
@@ -235,11 +239,27 @@ def _outcomes(value: Any) -> Iterator[Mapping[str, str]]:
 
 def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(report_markdown(results), encoding="utf-8")
+    (out / "report.md").write_text(_whole_markdown(results), encoding="utf-8")
     (out / "plots").mkdir(exist_ok=True)
     for name, svg in plots.items():
         (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
     (out / "report.html").write_text(render_page(results, plots, samples), encoding="utf-8")
+
+
+def _count(value: float) -> str:
+    """A number of parameters: 6.74 B, 134.5 M, 12.3 K, 640."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}" if unit == "B" else f"{value / size:.1f} {unit}"
+    return f"{value:g}"
+
+
+def _whole_markdown(results: Mapping[str, Any]) -> str:
+    """report.md: what is missing comes right after the title, where the numbers come from last."""
+    title, _, rest = report_markdown(results).partition("\n\n")
+    missing = holes_sentence(results)
+    parts = [title, *([f"**{missing}**"] if missing else []), rest.rstrip("\n"), origins_markdown(results).rstrip("\n")]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> str:
@@ -253,20 +273,17 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     environment = page_environment("pesc.evaluate")
     environment.filters |= {
         "score": tables.format_score, "setting": tables.format_setting, "p": tables.format_p, "thousands": lambda value: f"{value:,}",
-        "millions": lambda value: f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M", "number": tables.format_number,
+        "millions": _count, "number": tables.format_number,
         "signed": tables.format_signed, "own_setting": tables.own_setting, "limit_mark": tables.limit_mark, "published_mark": tables.published_mark,
         "items": tables.format_items, "verdict_basis": tables.verdict_basis, "mean_basis": tables.mean_basis,
-        "runs_basis": tables.runs_basis, "replicated_name": tables.replicated_name,
+        "runs_basis": tables.runs_basis, "replicated_name": tables.replicated_name, "origin_id": origin_id,
         "total": lambda entry, key: sum(cell.get(key, 0) for cell in (entry.get("datasets") or {}).values()),
     }  # fmt: skip
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
     inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
     return page.render(
-        r=results,
-        plots=inlined,
-        samples=samples,
-        colours=drawing.arm_colours(kinds),
-        figure_rows=tables.figure_rows(results),
-        mark_notes=tables.mark_notes(results),
-    )
+        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results),
+        mark_notes=tables.mark_notes(results), evaluation=evaluation, keys={name: key for key, name in results["names"].items()},
+        missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]},
+    )  # fmt: skip

@@ -8,6 +8,8 @@ What it is
     network.py    this machine's address, interface and role among several
     hostfile.py   one command on every machine of a hostfile; commands.py is `pesc launch`
     isolated.py   run a stage's builder in a process of its own
+    one_job.py    build one action of a store in a process of its own; side_by_side.py builds several at once
+    energy.py     joules of the GPUs, from the driver's counters
     pool.py       worker processes for the shards of a stage
     relay.py      shards of an isolated builder, done by whoever started it
 

@@ -95,6 +95,7 @@ def _describe(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         "config_type": f"{kind.__module__}:{kind.__qualname__}",
         "config": ctx.config.model_dump(mode="json"),
         "inputs": {name: str(Path(path).resolve()) for name, path in ctx.inputs.items()},
+        "digests": dict(ctx.digests),
         "out": str(ctx.out.resolve()),
         "work": str(ctx.work.resolve()),
         "execution": ctx.execution.model_dump(mode="json"),
@@ -151,6 +152,7 @@ def main(job_path: Path) -> int:
         work=Path(job["work"]),
         execution=Execution.model_validate(job["execution"]),
         on_progress=ProgressEmitter(),
+        digests=job["digests"],
     )
     result_path = ctx.work / RESULT_NAME
     try:

@@ -60,29 +60,34 @@ def run(
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("supervise.run must be called from the main thread: only it receives signals, and the child dies with it.")
-    with _termination_raised(), log_path.open("a", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pesc.launch.guard", "--", *argv],
-            env={**child_environment(), **(env or {}), PARENT_VARIABLE: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        output = _Output(process, log, on_event)
+    with termination_raised(), log_path.open("a", encoding="utf-8", errors="replace") as log:
+        process = start(argv, env)
+        output = Output(process, log, on_event)
         try:
             output.follow(step)
         except BaseException as error:
             output.on_event = None
-            _stop(process, output, grace_seconds)
+            stop(process, output, grace_seconds)
             if output.tail:
                 error.add_note(f"The last lines of {log_path}:\n{output.tail}")
             raise
         finally:
-            _kill_group(process.pid, signal.SIGKILL)  # stragglers, after an orderly end too
+            kill_group(process.pid, signal.SIGKILL)  # stragglers, after an orderly end too
             kill_recorded(pids_dir)
             output.close()
         return Outcome(process.returncode, output.tail)
+
+
+def start(argv: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a command behind the guard, in a session of its own, its output in a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pesc.launch.guard", "--", *argv],
+        env={**child_environment(), **(env or {}), PARENT_VARIABLE: str(os.getpid())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def child_environment() -> dict[str, str]:
@@ -98,7 +103,7 @@ def child_environment() -> dict[str, str]:
     }
 
 
-class _Output:
+class Output:
     """The read end of a command's pipe."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: IO[str], on_event: Callable[[Event], object] | None) -> None:
@@ -173,27 +178,28 @@ class _Output:
             logger.debug("%s", text)
 
 
-def _stop(process: subprocess.Popen[bytes], output: _Output, grace_seconds: float) -> None:
+def stop(process: subprocess.Popen[bytes], output: Output, grace_seconds: float) -> None:
     """SIGTERM to the group, wait while reading on (a full pipe would block the child), then SIGKILL."""
-    _kill_group(process.pid, signal.SIGTERM)
+    kill_group(process.pid, signal.SIGTERM)
     end = time.monotonic() + grace_seconds
     try:
         while process.poll() is None and time.monotonic() < end:
             if not output.pump(0.1):
                 time.sleep(0.1)
     finally:  # a second Ctrl-C ends the wait, not the cleaning
-        _kill_group(process.pid, signal.SIGKILL)
+        kill_group(process.pid, signal.SIGKILL)
         process.wait()
         output.drain(0.5)
 
 
-def _kill_group(group: int, number: int) -> None:
+def kill_group(group: int, number: int) -> None:
+    """Send a signal to a process group, if it is still there."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
 @contextlib.contextmanager
-def _termination_raised() -> Iterator[None]:
+def termination_raised() -> Iterator[None]:
     """Let SIGTERM raise SystemExit(143) while a command runs, unless the program has a handler of its own (Prefect has)."""
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

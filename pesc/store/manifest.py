@@ -76,6 +76,7 @@ class Manifest(BaseModel):
     sources_digest: str = Field(default="", description="Digest of the stage's normalised sources, finer than its code_version.")
     started_at: str
     seconds: float
+    energy: dict[str, Any] | None = Field(default=None, description="joules of the GPUs by their own counters; None: not measured.")
     made_by: Literal["build", "adopt"] = "build"
     reason: str = Field(default="", description="Why an earlier result was adopted.")
     prefect_run: str | None = None

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from flows.pipeline import pipeline
-from pesc.errors import DataError, RecipeError
+from pesc.errors import DataError, HolesError, RecipeError
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
 from pesc.run import run_recipe
@@ -114,6 +114,23 @@ def test_a_failure_shows_its_sentence_and_the_next_run_goes_on_from_there(recipe
     assert state.is_completed()
 
 
+def test_a_benchmark_that_dies_is_a_failed_task_and_a_hole_and_the_next_run_fills_it(recipe_file, fakes, store):
+    fakes.FAIL_AT.add("evaluate[pesc/quiz]")
+    flow_run_id, state = run(recipe_file, store)
+    assert state.is_failed()
+    states = observe.task_states(flow_run_id, 13)
+    assert {address: name for address, name in states.items() if name != "Completed"} == {"evaluate[pesc/quiz]": "Failed"}
+    with pytest.raises(HolesError, match=r"row 3 of data\.json has no answer"):
+        state.result()
+    assert {"benchmarks-tiny", "run-tiny"} <= set(observe.artifacts(flow_run_id))
+    fakes.FAIL_AT.clear()
+    fakes.CALLS.clear()
+    flow_run_id, state = run(recipe_file, store)
+    assert state.is_completed()
+    assert fakes.CALLS == ["evaluate[pesc/quiz]"]
+    assert {a for a, name in observe.task_states(flow_run_id, 13).items() if name == "Completed"} == {"evaluate[pesc/quiz]", "report"}
+
+
 def test_the_ui_gets_the_plan_the_results_and_the_library_s_log(recipe_file, fakes, store):
     flow_run_id, _ = run(recipe_file, store)
     shown = observe.artifacts(flow_run_id)
@@ -159,3 +176,31 @@ def test_the_data_card_is_published_once_the_data_is_there_and_only_when_it_is_n
     assert cards[1:] == [("tiny", "tokenize")], "before the model is touched"
     run(recipe_file, store, refresh=["evaluate[pesc]"])
     assert len(cards) == 2
+
+
+def test_benchmarks_at_the_same_time_are_tasks_of_their_own_and_one_that_fails_leaves_the_others(
+    recipe_file, fakes, store, tmp_path, monkeypatch
+):
+    import sys
+
+    from pesc.launch import side_by_side
+
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    monkeypatch.setenv("PESC_TEST_TRACE", str(trace))
+    monkeypatch.setenv("PESC_TEST_MEET", "pesc-quiz,pesc-exam")
+    monkeypatch.setenv("PESC_TEST_FAIL", "pesc-oral")
+    monkeypatch.setattr(side_by_side, "PROGRAM", (sys.executable, "-m", "tests.launch.fake_job"))
+    run_recipe(load_recipe(recipe_file), store, Selection(until=("merge[pesc]",)))
+    fakes.CALLS.clear()
+    overrides = [f"evaluate.benchmarks.{name}={{task: arc_{name}, metric: acc}}" for name in ("exam", "oral")]
+    flow_run_id, state = run(
+        recipe_file, store, until=["evaluate[pesc]"], overrides=[*overrides, "execution.parallel_benchmarks=2"]
+    )  # fmt: skip
+    with pytest.raises(DataError, match="failed as asked"):
+        state.result()
+    states = {address: name for address, name in observe.task_states(flow_run_id, 11).items() if address.startswith("evaluate")}
+    assert states == {"evaluate[pesc/quiz]": "Completed", "evaluate[pesc/exam]": "Completed", "evaluate[pesc/oral]": "Failed"}
+    assert fakes.CALLS == []
+    assert {path.stem: path.read_text() for path in trace.glob("pesc-[qe]*.met")}.keys() == {"pesc-quiz", "pesc-exam"}
+    assert "2" in {path.read_text() for path in trace.glob("*.met")}

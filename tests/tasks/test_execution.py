@@ -101,3 +101,48 @@ def test_the_library_s_records_reach_the_server_only_while_a_flow_runs():
     state = speaking(return_state=True)
     assert "kept 312 rows" in logs(state.state_details.flow_run_id, "kept 312")
     assert (logger.level, logger.handlers) == before
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_flow_that_is_stopped_ends_its_benchmarks_and_their_tasks(fakes, store, tiny_recipe, tmp_path, monkeypatch):
+    """What a cancellation does: it is raised in the main thread, which started the processes."""
+    import os
+    import sys
+
+    from pesc.launch import side_by_side
+    from pesc.plan import Selection
+    from pesc.run import run_recipe
+    from tasks.execution import run_jobs_at_once
+
+    monkeypatch.setenv("PESC_TEST_TRACE", str(tmp_path))
+    monkeypatch.setenv("PESC_TEST_MEET", "pesc-quiz,pesc-exam,nobody")
+    monkeypatch.setattr(side_by_side, "PROGRAM", (sys.executable, "-m", "tests.launch.fake_job"))
+    recipe = tiny_recipe(evaluate={"benchmarks": {name: {"task": f"arc_{name}", "metric": "acc"} for name in ("quiz", "exam", "oral")}})
+    refs = {a: outcome.ref for a, outcome in run_recipe(recipe, store, Selection(until=("merge[pesc]",))).items()}
+    nodes = [node for node in build_graph(recipe).nodes if node.address.startswith("evaluate[pesc/")]
+    started = time.monotonic()
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(_self, _progress):
+        if len(list(tmp_path.glob("*.running"))) == 2:
+            raise Stopped
+
+    monkeypatch.setattr("tasks.execution.ProgressReport.__call__", stop)
+
+    @flow
+    def several():
+        jobs = [(TASKS["evaluate"], make_job(node, recipe, refs)) for node in nodes]
+        try:
+            return list(run_jobs_at_once(jobs, 2, store))
+        except Stopped:
+            return "stopped"
+
+    assert several() == "stopped"
+    assert time.monotonic() - started < 50, "it waited for no builder"
+    pids = [int(path.read_text()) for path in tmp_path.glob("*.running")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,193 @@
+"""What each benchmark of a recipe scored over its runs, from the store's own records.
+
+    read_history(store, "demo")          address -> a point a run, oldest first
+    history_markdown("demo", history)    lines over the runs, and a table with what changed between two runs
+
+A run's record (runs/RECIPE/TIME.json) says which result each of its actions used, so a run that found a result in the store counts
+as one that computed it. Points whose manifest or object has been removed are left out.
+
+Pitfall: the line joins runs, not like with like. Settings, the model or the data may have changed in between; the table says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pesc.errors import EvaluationError, StoreError
+from pesc.evaluate.records import parse_address
+from pesc.evaluate.results import BenchmarkResult, read_result
+
+if TYPE_CHECKING:
+    from pesc.store import Manifest, Store
+
+RUNS_SHOWN = 100
+"""Newest runs that are read."""
+ROWS_SHOWN = 30
+TIME_FORMAT = "%Y%m%dT%H%M%S%f"
+"""Name of a run's record."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One benchmark of one arm in one run.  value, low, high: in percent where `percent`, else in the metric's unit."""
+
+    time: datetime
+    value: float
+    low: float
+    high: float
+    percent: bool
+    num_items: int
+    num_available: int
+    metric: str
+    digest: str
+    fingerprint: str
+    commit: str
+    """Of the sources that computed it; "" where that is not known."""
+    changed: tuple[str, ...]
+    """What is another in its key than in the run's before it: settings, model, data, code version."""
+
+    @property
+    def text(self) -> str:
+        """`48.3 [46.1, 50.5]`, with the items when they are not all."""
+        numbers = "{:.1f} [{:.1f}, {:.1f}]" if self.percent else "{:.4g} [{:.4g}, {:.4g}]"
+        part = f" ({self.num_items:,} of {self.num_available:,} items)" if self.num_items < self.num_available else ""
+        return numbers.format(self.value, self.low, self.high) + part
+
+
+History = Mapping[str, Sequence[Point]]
+"""Address of a benchmark -> its points, oldest first."""
+
+
+def read_history(store: Store, recipe: str) -> dict[str, list[Point]]:
+    """The newest runs of a recipe, benchmark by benchmark, in the order of their first appearance."""
+    history: dict[str, list[Point]] = {}
+    last: dict[str, Manifest] = {}
+    known: dict[str, tuple[Manifest, BenchmarkResult] | None] = {}
+    for time, actions in _runs(store, recipe):
+        for address, fingerprint in actions.items():
+            if parse_address(address)[0] != "evaluate":
+                continue
+            if fingerprint not in known:
+                known[fingerprint] = _read(store, fingerprint)
+            if found := known[fingerprint]:
+                history.setdefault(address, []).append(_point(time, *found, last.get(address)))
+                last[address] = found[0]
+    return history
+
+
+def _runs(store: Store, recipe: str) -> Iterator[tuple[datetime, Mapping[str, str]]]:
+    """Time and actions of each run, oldest first; records that cannot be read are passed over."""
+    for path in sorted((store.root / "runs" / recipe).glob("*.json"), key=lambda path: path.name)[-RUNS_SHOWN:]:
+        with contextlib.suppress(ValueError, OSError):
+            yield datetime.strptime(path.stem, TIME_FORMAT).replace(tzinfo=UTC), json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read(store: Store, fingerprint: str) -> tuple[Manifest, BenchmarkResult] | None:
+    with contextlib.suppress(StoreError, EvaluationError, OSError):
+        if manifest := store.find("evaluate", fingerprint):
+            return manifest, read_result(store.object_path(manifest.output.digest))
+    return None
+
+
+def _point(time: datetime, manifest: Manifest, result: BenchmarkResult, before: Manifest | None) -> Point:
+    from pesc.evaluate.comparison import METRIC_KINDS, score_interval
+    from pesc.store.changes import changes_between
+
+    percent = result.num_correct is not None or METRIC_KINDS.get(result.metric) is not None
+    scale = 100.0 if percent else 1.0
+    _, low, high = score_interval(result)
+    return Point(
+        time=time, value=result.value * scale, low=low * scale, high=high * scale, percent=percent, num_items=result.num_items,
+        num_available=result.num_available, metric=result.metric, digest=manifest.output.digest, fingerprint=manifest.fingerprint,
+        commit=str((manifest.environment.get("git") or {}).get("commit", "")),
+        changed=tuple(changes_between(before.key, manifest.key)) if before else (),
+    )  # fmt: skip
+
+
+def by_benchmark(history: History) -> dict[str, dict[str, Sequence[Point]]]:
+    """Benchmark -> arm -> points."""
+    sorted_: dict[str, dict[str, Sequence[Point]]] = {}
+    for address, points in history.items():
+        arm, _, benchmark = parse_address(address)[1].partition("/")
+        sorted_.setdefault(benchmark, {})[arm] = points
+    return sorted_
+
+
+def history_markdown(recipe: str, history: History) -> str:
+    """Every benchmark over the runs: lines, then a table."""
+    from pesc.evaluate.training_page import as_data_uri
+
+    parts = [f"# Benchmarks of {recipe} over its runs"]
+    for benchmark, arms in by_benchmark(history).items():
+        parts += [f"## {benchmark}", f"![{benchmark} over the runs]({as_data_uri(plot_history(arms))})"]
+        parts += [_table(arm, points) for arm, points in arms.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def benchmark_markdown(address: str, recipe: str, points: Sequence[Point]) -> str:
+    """One benchmark of one arm: its newest score, and every run before it."""
+    newest = points[-1]
+    facts = [
+        f"**{newest.text}** {newest.metric}", f"Object `{newest.digest}`", f"Built again and compared by `pesc reproduce {newest.digest[:12]}`"
+    ]  # fmt: skip
+    arm = parse_address(address)[1].partition("/")[0]
+    return "\n\n".join([f"# {address} of {recipe}", *facts, _table(arm, points)]) + "\n"
+
+
+def history_rows(history: History) -> list[dict[str, Any]]:
+    """A row a point, newest run first: plain values."""
+    rows = [
+        {
+            "run": point.time.isoformat(timespec="seconds"), "benchmark": address, "value": round(point.value, 4), "low": round(point.low, 4),
+            "high": round(point.high, 4), "items": point.num_items, "object": point.digest[:12], "commit": point.commit[:12],
+            "changed": "; ".join(point.changed),
+        }
+        for address, points in history.items()
+        for point in points[-ROWS_SHOWN:]
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["run"], reverse=True)
+
+
+def _table(arm: str, points: Sequence[Point]) -> str:
+    from pesc.evaluate.tables import markdown_table
+
+    rows = [
+        [
+            point.time.strftime("%Y-%m-%d %H:%M:%S"), point.text, "; ".join(point.changed) or ("same result" if index else "first run"),
+            f"`{point.digest[:12]}`", f"`{point.commit[:12]}`" if point.commit else "",
+        ]
+        for index, point in enumerate(points)
+    ]  # fmt: skip
+    return markdown_table([f"run of {arm}", "score", "changed since the run before", "object", "commit"], rows[-ROWS_SHOWN:][::-1])
+
+
+def plot_history(arms: Mapping[str, Sequence[Point]]) -> str:
+    """A line an arm over the runs, with its interval as a band, as SVG text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from pesc.evaluate.plots import ARM_COLOURS, SPARE_COLOURS
+    from pesc.figures import STYLE, WIDTH, svg_text
+
+    times = sorted({point.time for points in arms.values() for point in points})
+    place = {time: number for number, time in enumerate(times)}
+    colours = [*ARM_COLOURS.values(), *SPARE_COLOURS]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.6))
+        axes = figure.add_subplot()
+        for index, (arm, points) in enumerate(arms.items()):
+            xs, colour = [place[point.time] for point in points], colours[index % len(colours)]
+            axes.fill_between(xs, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0)
+            axes.plot(xs, [p.value for p in points], "o-", color=colour, markersize=4, linewidth=1.5, label=arm)
+        step = -(-len(times) // 8)
+        axes.set_xticks(list(range(0, len(times), step)), [time.strftime("%m-%d\n%H:%M") for time in times[::step]])
+        axes.set_xlim(-0.5, len(times) - 0.5)
+        axes.set_ylabel("score in %" if all(p.percent for points in arms.values() for p in points) else "score")
+        axes.set_xlabel("run; band: 95 % interval")
+        figure.legend(loc="outside upper left", ncols=6)
+        return svg_text(figure)
