@@ -8,6 +8,7 @@ pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and 
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
 pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
+pesc routing 'demo:merge[pesc]' --out DIR  how the experts are used: load, who works together, domains
 pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
 pesc bench convert                        measure it on this machine
 
@@ -33,6 +34,7 @@ from pesc.launch import commands as launch_commands
 from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import load_recipe, recipe_names
+from pesc.routing import commands as routing_commands
 from pesc.settings import store_root
 from pesc.store import Store
 
@@ -44,6 +46,7 @@ model_commands.add_to(app)
 fit_commands.add_to(app)
 launch_commands.add_to(app)
 generate_commands.add_to(app)
+routing_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -21,7 +21,7 @@ from pesc.run import Job, Outcome, build_or_open
 from pesc.store import ArtifactRef, Store
 from tasks.cluster import open_shards
 from tasks.policy import StagePolicy
-from tasks.reporting import ProgressReport, publish_result, publish_training
+from tasks.reporting import ProgressReport, publish_result, publish_routing, publish_training
 
 StageTask = Task[[Job, str], ArtifactRef]
 
@@ -70,6 +70,8 @@ def _execute(job: Job, store: Store) -> ArtifactRef:
         publish_result(store, outcome)
         if outcome.ref.stage == "train":
             publish_training(store, outcome)
+        elif outcome.ref.stage == "routing":
+            publish_routing(store, outcome)
     return outcome.ref
 
 

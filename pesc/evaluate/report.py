@@ -1,6 +1,6 @@
 """`report`: tables, plots and one self-contained page from everything that the other stages left.
 
-    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], dedup, mix, tokenize (each optional)
+    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], routing[ARM], dedup, mix, tokenize (each optional)
     out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg
 
 Runs without torch. The bytes depend on the inputs alone: no date, no host, seeded resampling, plots without ids that change.
@@ -22,6 +22,8 @@ from pesc.evaluate.config import ReportConfig
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
 from pesc.evaluate.tables import report_markdown, results_table
+from pesc.routing.results import RoutingResult
+from pesc.routing.tables import routing_markdown
 from pesc.stage import BuildResult, StageContext
 
 __all__ = ["build", "results_table"]
@@ -109,7 +111,7 @@ def collect(
         "names": names, "arms": [{"arm": arm, "kind": kind, **models[arm].model_dump(mode="json", exclude={"kind"})} for arm, kind in kinds.items()],
         "comparison": comparison.model_dump(mode="json"), "training": training, "proofs": {arm: dict(proof) for arm, proof in records.proofs.items()},
         "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
-        "settings": settings, "rules": list(RULES),
+        "settings": settings, "rules": list(RULES), "routing": {arm: found.model_dump(mode="json") for arm, found in records.routing.items()},
     }  # fmt: skip
 
 
@@ -144,6 +146,8 @@ def _settings(result: BenchmarkResult) -> dict[str, Any]:
 def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], results: Mapping[str, Any]) -> dict[str, str]:
     """SVG of each plot that has something to show, by file stem."""
     from pesc.evaluate import plots
+    from pesc.figures import svg_text
+    from pesc.routing.plots import draw as draw_routing
 
     colours, names = plots.arm_colours(kinds), results["names"]
     drawn = {}
@@ -160,6 +164,8 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
         block = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {})
         if (load := run.expert_load) and block.get("num_experts"):
             drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts_by_layer(block, len(load["max"][0])))
+    for arm, found in records.routing.items():
+        drawn |= {f"experts-{arm}-{name}": svg_text(figure) for name, figure in draw_routing(found).items()}
     if results["funnel"]:
         drawn["data"] = plots.plot_data(results["funnel"])
     return drawn
@@ -230,7 +236,9 @@ def _outcomes(value: Any) -> Iterator[Mapping[str, str]]:
 
 def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(report_markdown(results), encoding="utf-8")
+    experts = {arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()}
+    parts = filter(None, (report_markdown(results), routing_markdown(experts)))
+    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
     (out / "plots").mkdir(exist_ok=True)
     for name, svg in plots.items():
         (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
@@ -244,6 +252,7 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     from pesc.evaluate import plots as drawing
     from pesc.evaluate import tables
     from pesc.figures import inline, page_environment
+    from pesc.routing import tables as routing_tables
 
     environment = page_environment("pesc.evaluate")
     environment.filters |= {
@@ -255,6 +264,8 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
     inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
+    routing = {arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()}
     return page.render(
-        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results)
-    )
+        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results),
+        routing=routing, routing_tables=routing_tables,
+    )  # fmt: skip
