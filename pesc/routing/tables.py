@@ -17,7 +17,8 @@ CAPTIONS = {
 NOTES = (
     "busiest: load of the busiest expert over an even one. entropy: of the load, 1 is balanced. certainty: 1 less the mean entropy of a token's "
     "probabilities. information: of expert and domain in nats, beside the mean of shuffled domains.",
-    "Domains separate in an untrained router too; only the difference from the model before training says what training did.",
+    "Domains separate in an untrained router too, and short rows have a larger share of chat-template tokens: only the difference from the model before "
+    "training says what training did (`pesc routing MODEL OTHER`).",
 )
 
 
