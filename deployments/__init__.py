@@ -16,7 +16,7 @@ What it is
     kubernetes/pytorchjob.yaml    the same as a PyTorchJob of Kubeflow's training operator
 
 Key contracts
-- The pool says what a stage wants: `gpu` for train, merge and evaluate, `cpu` for the rest.
+- The pool says what a stage wants: `gpu` for train, merge, evaluate and routing, `cpu` for the rest.
 - PESC_HOME (the checkout on the workers) and PESC_STORE (the store, the same path for all of them) are read when deploying and stored
   in the deployments; a worker then needs neither variable.
 - Schedules have a slug, so that deploying again updates them, and are inactive until somebody turns them on.

@@ -13,6 +13,7 @@ pesc upcycle MODEL --out DIR              one conversion alone; so do import and
 pesc chat 'demo:merge[pesc]'              talk with a model; `pesc generate` answers prompts and files of them
 pesc publish DIR --repo ORG/NAME          put a model on the hub, and check that it arrived
 pesc serve 'demo:merge[pesc]'             an OpenAI-compatible server, through vLLM
+pesc routing 'demo:merge[pesc]' --out DIR  how the experts are used: load, who works together, domains
 pesc launch camelidae-8x7b --hostfile F    train on the machines of a hostfile, over ssh
 pesc bench convert                        measure it on this machine
 
@@ -40,6 +41,7 @@ from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.publish import commands as publish_commands
 from pesc.recipe import load_recipe, recipe_names
+from pesc.routing import commands as routing_commands
 from pesc.serve import commands as serve_commands
 from pesc.settings import store_root
 from pesc.store import Store
@@ -55,6 +57,7 @@ generate_commands.add_to(app)
 publish_commands.add_to(app)
 serve_commands.add_to(app)
 evaluate_commands.add_to(app)
+routing_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -63,8 +63,11 @@ def plot_funnel(funnel: Sequence[tuple[str, int, int, Mapping[str, int]]], reaso
 
 def svg_text(figure: Figure) -> str:
     """The figure as an SVG document."""
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(STYLE):  # ids and glyphs are made here
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
 
 
@@ -79,3 +82,13 @@ def inline(svg: str, prefix: str, label: str) -> str:
     body = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", body, count=1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def png_bytes(figure: Figure, dots_per_inch: int = 160) -> bytes:
+    """The figure as a PNG on white paper, without the date and the version of whoever drew it."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

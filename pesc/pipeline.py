@@ -11,7 +11,8 @@ The CLI, the plan, the runner, the Prefect tasks and flows, the deployments and 
     train      one a trained arm             the arm's model, tokenize
     merge      one a trained arm             the arm's model, train, tokenize (prompts of the proof)
     evaluate   one a benchmark of each arm   merge (or the dense model), the benchmark's source
-    report     one                           evaluate of all, train and merge of each arm, dedup, mix, tokenize
+    routing    one a sparse arm              merge, tokenize (the held-out rows)
+    report     one                           evaluate of all, train, merge and routing of each arm, dedup, mix, tokenize
 
 Pitfall: `code_version` is part of every fingerprint. Raise it when a change of the stage's sources may change its bytes;
 `stages.lock` and its test make sure that somebody decides.
@@ -30,6 +31,7 @@ from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfi
 from pesc.errors import RecipeError
 from pesc.evaluate.config import BenchmarkConfig, FilledReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
+from pesc.routing.config import RoutingConfig
 from pesc.stage import StageConfig
 from pesc.train.config import TrainConfig
 
@@ -200,6 +202,28 @@ STAGES: tuple[Stage, ...] = (
         summary="one benchmark of one arm with lm-eval",
     ),
     Stage(
+        "routing",
+        RoutingConfig,
+        1,
+        "pesc.routing.stage:build",
+        (
+            "pesc.routing.stage",
+            "pesc.routing.rows",
+            "pesc.routing.loading",
+            "pesc.routing.counts",
+            "pesc.routing.measures",
+            "pesc.routing.results",
+            "pesc.evaluate.intervals",
+            "pesc.train.blocks",
+            "pesc.models.factory",
+            "pesc.models.mixtral",
+            "pesc.moe",
+        ),
+        wants_gpu=True,
+        isolated=True,
+        summary="how the experts are used",
+    ),
+    Stage(
         "report",
         FilledReportConfig,
         2,
@@ -218,6 +242,9 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.tables",
             "pesc.evaluate.templates",
             "pesc.evaluate.verdict",
+            "pesc.routing.plots",
+            "pesc.routing.results",
+            "pesc.routing.tables",
             "pesc.figures",
             "pesc.templates",
         ),
@@ -356,10 +383,12 @@ def _arm_nodes(recipe: Recipe, arm: str) -> Iterable[Node]:
     for name, benchmark in recipe.evaluate.benchmarks.items():
         data = {"data": f"download[{benchmark.source}]"} if benchmark.source else {}
         yield _node("evaluate", f"{arm}/{name}", benchmark, {"model": final, **data})
+    if method in ("pesc", "upcycle-full") and recipe.routing.enabled:
+        yield _node("routing", arm, recipe.routing, {"model": final, "blocks": "tokenize"})
 
 
 def _report_node(recipe: Recipe, nodes: Iterable[Node]) -> Node:
-    wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate"}
+    wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate", "routing"}
     inputs = {n.address: n.address for n in nodes if n.stage.name in wanted}
     benchmarks = tuple(n.address for n in nodes if n.stage.name == "evaluate")
     config = FilledReportConfig(**recipe.report.model_dump(), expected=benchmarks)

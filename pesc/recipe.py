@@ -4,7 +4,7 @@
     sources                    where bytes come from; `base` names the one that is the dense model
     dedup mix tokenize         the instruction mixture
     upcycle train merge        the model
-    evaluate report            the benchmarks and the page
+    evaluate routing report    the benchmarks, the experts' use, and the page
     arms                       what is compared: each arm has a method and may override `upcycle` and `train`
     execution                  where and how fast (never in a fingerprint)
 
@@ -29,6 +29,7 @@ from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfi
 from pesc.errors import RecipeError
 from pesc.evaluate.config import EvaluateConfig, ReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
+from pesc.routing.config import RoutingConfig
 from pesc.stage import Execution, StageConfig
 from pesc.store.digest import canonical_json
 from pesc.train.config import UNQUANTIZED, TrainConfig
@@ -65,6 +66,7 @@ class Recipe(StageConfig):
     train: TrainConfig = TrainConfig()
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig
+    routing: RoutingConfig = RoutingConfig()
     report: ReportConfig = ReportConfig()
     arms: dict[str, ArmConfig] = Field(min_length=1)
     execution: Execution = Execution()

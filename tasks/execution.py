@@ -28,7 +28,7 @@ from pesc.stage import Progress
 from pesc.store import ArtifactRef, Store
 from tasks.cluster import open_shards
 from tasks.policy import StagePolicy
-from tasks.reporting import ProgressReport, publish_result, publish_training
+from tasks.reporting import ProgressReport, publish_result, publish_routing, publish_training
 
 StageTask = Task[[Job, str], ArtifactRef]
 
@@ -173,6 +173,8 @@ def _execute(job: Job, store: Store) -> ArtifactRef:
         publish_result(store, outcome)
         if outcome.ref.stage == "train":
             publish_training(store, outcome)
+        elif outcome.ref.stage == "routing":
+            publish_routing(store, outcome)
     return outcome.ref
 
 

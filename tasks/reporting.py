@@ -174,6 +174,25 @@ def publish_training(store: Store, outcome: Outcome) -> None:
 
 
 @_best_effort
+def publish_routing(store: Store, outcome: Outcome) -> None:
+    """The use of the experts, in numbers and pictures."""
+    from pesc.evaluate.training_page import as_data_uri
+    from pesc.figures import svg_text
+    from pesc.routing.plots import draw
+    from pesc.routing.results import read_result
+    from pesc.routing.tables import routing_markdown
+
+    manifest = store.manifest(outcome.ref.stage, outcome.ref.fingerprint)
+    recipe = manifest.recipe if manifest else ""
+    result = read_result(store.open(outcome.ref))
+    pictures = [f"![{name}]({as_data_uri(svg_text(figure))})" for name, figure in draw(result).items()]
+    text = "\n\n".join([routing_markdown({outcome.address: result}, level=1), *pictures]) + "\n"
+    create_markdown_artifact(
+        text, key=artifact_key(outcome.address, "experts", recipe), description=f"Experts: {outcome.address} of {recipe}"
+    )
+
+
+@_best_effort
 def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> None:
     """The report's tables, and a link to its page."""
     place = store.open(outcomes["report"].ref)

@@ -9,10 +9,11 @@ from tasks.execution import StageTask
 from tasks.merge import merge
 from tasks.mix import mix
 from tasks.report import report
+from tasks.routing import routing
 from tasks.tokenize import tokenize
 from tasks.train import train
 from tasks.upcycle import upcycle
 
 TASKS: dict[str, StageTask] = {
-    stage.name: stage for stage in (download, dedup, mix, tokenize, upcycle, train, merge, evaluate, report)
+    stage.name: stage for stage in (download, dedup, mix, tokenize, upcycle, train, merge, evaluate, routing, report)
 }  # fmt: skip

@@ -49,7 +49,7 @@ def world(tmp_path, monkeypatch):
     save_sparse(save_dense(tmp_path / "dense"), tmp_path / "model")
     (tmp_path / "model/README.md").write_text("the card of the base")
     monkeypatch.setenv("PESC_TEST_MODEL", str(tmp_path / "model"))
-    for name in ("tokenize", "upcycle", "train", "merge", "evaluate", "report"):
+    for name in ("tokenize", "upcycle", "train", "merge", "evaluate", "routing", "report"):
         builder = "build_report" if name == "report" else "build_model"
         stage = replace(pipeline._BY_NAME[name], builder=f"tests.test_model_card:{builder}", isolated=False)
         monkeypatch.setitem(pipeline._BY_NAME, name, stage)

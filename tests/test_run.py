@@ -28,7 +28,7 @@ def test_the_graph_has_every_stage_and_the_arms_share_the_data(fakes, store, tin
     outcomes = run_recipe(tiny_recipe(), store)
     assert list(outcomes) == [
         "download[base]", "download[rows]", "dedup", "mix", "tokenize", "upcycle[pesc]", "train[pesc]", "merge[pesc]",
-        "evaluate[pesc/quiz]", "train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "report",
+        "evaluate[pesc/quiz]", "routing[pesc]", "train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "report",
     ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_two_empty_stores_give_the_same_objects_and_fingerprints(fakes, store, t
 
 def test_a_plan_of_an_empty_store_runs_everything(fakes, store, tiny_recipe):
     plan = make_plan(tiny_recipe(), store)
-    assert plan.counts == {"HIT": 0, "RUN": 13, "BLOCKED": 0}
+    assert plan.counts == {"HIT": 0, "RUN": 14, "BLOCKED": 0}
     assert plan.actions[0].reason == "never built"
     assert "waits for" in plan.actions[-1].reason
 
@@ -63,7 +63,7 @@ def test_equal_bytes_upstream_keep_everything_downstream(fakes, store, tiny_reci
     outcomes = run_recipe(changed, store)
     assert fakes.CALLS == ["dedup"]
     assert outcomes["report"].how == "hit"
-    assert make_plan(changed, store).counts["HIT"] == 13
+    assert make_plan(changed, store).counts["HIT"] == 14
     different = tiny_recipe(dedup={"near_duplicate_threshold": 0.2})
     run_recipe(different, store)
     assert fakes.CALLS[1:] == [a for a in outcomes if a not in ("download[base]", "download[rows]", "upcycle[pesc]")]

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pesc.routing.results import RoutingResult, read_result
+
 logger = logging.getLogger(__name__)
 REMOVALS = {
     "malformed": "not a conversation", "filter_short_answer": "answer too short", "filter_too_long": "too long", "filter_refusal": "refusal",
@@ -69,6 +71,7 @@ class Records:
     dedup: Mapping[str, Any] | None = None
     mix: Mapping[str, Any] | None = None
     tokenize: Mapping[str, Any] | None = None
+    routing: dict[str, RoutingResult] = field(default_factory=dict)
 
 
 def parse_address(address: str) -> tuple[str, str]:
@@ -79,7 +82,7 @@ def parse_address(address: str) -> tuple[str, str]:
 
 def read_records(inputs: Mapping[str, Path]) -> Records:
     """Records of all inputs of a report, by their addresses."""
-    training, proofs, stats = {}, {}, {}
+    training, proofs, stats, routing = {}, {}, {}, {}
     for address, folder in sorted(inputs.items()):
         stage, instance = parse_address(address)
         if stage == "train" and (found := read_training(folder)):
@@ -88,7 +91,9 @@ def read_records(inputs: Mapping[str, Path]) -> Records:
             proofs[instance] = proof
         elif stage in {"dedup", "mix", "tokenize"}:
             stats[stage] = read_json(folder / "stats.json")
-    return Records(training, proofs, stats.get("dedup"), stats.get("mix"), stats.get("tokenize"))
+        elif stage == "routing" and (seen := read_routing(folder)):
+            routing[instance] = seen
+    return Records(training, proofs, stats.get("dedup"), stats.get("mix"), stats.get("tokenize"), routing)
 
 
 def read_json(path: Path) -> Mapping[str, Any] | None:
@@ -99,6 +104,15 @@ def read_json(path: Path) -> Mapping[str, Any] | None:
         logger.warning("the report leaves out %s: %s", path.name, type(error).__name__)
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_routing(folder: Path) -> RoutingResult | None:
+    """A routing object; None (with a warning) when it cannot be read."""
+    try:
+        return read_result(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("the report leaves out the routing: %s", type(error).__name__)
+        return None
 
 
 def read_training(folder: Path) -> Training | None:

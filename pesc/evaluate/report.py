@@ -1,6 +1,6 @@
 """`report`: tables, plots and one self-contained page from everything that the other stages left.
 
-    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], dedup, mix, tokenize (each optional)
+    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], routing[ARM], dedup, mix, tokenize (each optional)
     out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg
 
 Runs without torch. The bytes depend on the inputs alone: no date, no host, seeded resampling, plots without ids that change.
@@ -23,6 +23,8 @@ from pesc.evaluate.origins import evaluation, find_holes, find_origins, holes_se
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
 from pesc.evaluate.tables import report_markdown, results_table
+from pesc.routing.results import RoutingResult
+from pesc.routing.tables import routing_markdown
 from pesc.stage import BuildResult, StageContext
 
 __all__ = ["build", "results_table"]
@@ -111,7 +113,7 @@ def collect(
         "names": names, "arms": [{"arm": arm, "kind": kind, **models[arm].model_dump(mode="json", exclude={"kind"})} for arm, kind in kinds.items()],
         "comparison": comparison.model_dump(mode="json"), "training": training, "proofs": {arm: dict(proof) for arm, proof in records.proofs.items()},
         "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
-        "settings": settings, "rules": list(RULES),
+        "settings": settings, "rules": list(RULES), "routing": {arm: found.model_dump(mode="json") for arm, found in records.routing.items()},
     }  # fmt: skip
 
 
@@ -153,6 +155,8 @@ def _settings(result: BenchmarkResult) -> dict[str, Any]:
 def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], results: Mapping[str, Any]) -> dict[str, str]:
     """SVG of each plot that has something to show, by file stem."""
     from pesc.evaluate import plots
+    from pesc.figures import svg_text
+    from pesc.routing.plots import draw as draw_routing
 
     colours, names = plots.arm_colours(kinds), results["names"]
     drawn = {}
@@ -169,6 +173,8 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
         block = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {})
         if (load := run.expert_load) and block.get("num_experts"):
             drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts_by_layer(block, len(load["max"][0])))
+    for arm, found in records.routing.items():
+        drawn |= {f"experts-{arm}-{name}": svg_text(figure) for name, figure in draw_routing(found).items()}
     if results["funnel"]:
         drawn["data"] = plots.plot_data(results["funnel"])
     return drawn
@@ -258,7 +264,8 @@ def _whole_markdown(results: Mapping[str, Any]) -> str:
     """report.md: what is missing comes right after the title, where the numbers come from last."""
     title, _, rest = report_markdown(results).partition("\n\n")
     missing = holes_sentence(results)
-    parts = [title, *([f"**{missing}**"] if missing else []), rest.rstrip("\n"), origins_markdown(results).rstrip("\n")]
+    experts = routing_markdown({arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()})
+    parts = [title, *([f"**{missing}**"] if missing else []), *(text.rstrip("\n") for text in (rest, experts, origins_markdown(results)))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -269,6 +276,7 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     from pesc.evaluate import plots as drawing
     from pesc.evaluate import tables
     from pesc.figures import inline, page_environment
+    from pesc.routing import tables as routing_tables
 
     environment = page_environment("pesc.evaluate")
     environment.filters |= {
@@ -282,8 +290,9 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     kinds = {entry["arm"]: entry["kind"] for entry in results["arms"]}
     inlined = {name: Markup(inline(svg, name, f"plot: {name}")) for name, svg in plots.items()}
     page = environment.get_template("report.html.j2")
+    routing = {arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()}
     return page.render(
         r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results),
         mark_notes=tables.mark_notes(results), evaluation=evaluation, keys={name: key for key, name in results["names"].items()},
-        missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]},
+        missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]}, routing=routing, routing_tables=routing_tables,
     )  # fmt: skip

@@ -26,8 +26,7 @@ from pesc.store.store import sync_path
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """The empty sibling of `out` that becomes it.  Raises ModelError for an `out` in use or a disk that refuses, CancelledError on Ctrl-C."""
-    place = out.expanduser().resolve()
-    _check_free(place, out)
+    place = check_free(out)
     made, building = [], place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
     try:
         made = _make_parents(place.parent)
@@ -61,11 +60,14 @@ def emptied_on_failure(out: Path) -> Iterator[None]:
         raise
 
 
-def _check_free(place: Path, out: Path) -> None:
+def check_free(out: Path) -> Path:
+    """Where `out` is.  Raises ModelError when it cannot become a new directory; for long work, ask before it."""
+    place = out.expanduser().resolve()
     if place.is_dir() and any(place.iterdir()):
         raise ModelError(f"{out} is not empty: give a new directory with --out, or remove that one first.")
     if place.exists() and not place.is_dir():
         raise ModelError(f"{out} is a file: give a new directory with --out.")
+    return place
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def test_a_run_ends_with_a_line_an_action_the_table_and_the_report(recipe_file, 
     monkeypatch.setattr(console, "render_report", lambda place, outcome: f"61.0\n\nReport: {place.open(outcome.ref)}/report.html")
     code, out, _ = call(monkeypatch, capsys, recipe_file, "--store", str(store.root))
     assert code == 0
-    assert "13 built, 0 cached." in out
+    assert "14 built, 0 cached." in out
     assert "train[pesc]" in out
     assert "61.0" in out
     page = Path(out.rpartition("Report: ")[2].strip())

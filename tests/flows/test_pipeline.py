@@ -15,7 +15,7 @@ from tests.flows import observe
 pytestmark = pytest.mark.usefixtures("prefect_server")
 ACTIONS = [
     "download[base]", "download[rows]", "dedup", "mix", "tokenize", "upcycle[pesc]", "train[pesc]", "merge[pesc]",
-    "evaluate[pesc/quiz]", "train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "report",
+    "evaluate[pesc/quiz]", "routing[pesc]", "train[qlora]", "merge[qlora]", "evaluate[qlora/quiz]", "report",
 ]  # fmt: skip
 
 
@@ -28,18 +28,18 @@ def test_a_second_run_is_cached_throughout_and_a_refresh_builds_one_stage(recipe
     first_id, first = run(recipe_file, store)
     assert list(first.result()) == ACTIONS
     assert {outcome.how for outcome in first.result().values()} == {"built"}
-    assert set(observe.task_states(first_id, 13).values()) == {"Completed"}
+    assert set(observe.task_states(first_id, 14).values()) == {"Completed"}
     assert fsck(store).is_clean
     fakes.CALLS.clear()
     second_id, second = run(recipe_file, store)
-    assert observe.task_states(second_id, 13) == dict.fromkeys(ACTIONS, "Cached")
+    assert observe.task_states(second_id, 14) == dict.fromkeys(ACTIONS, "Cached")
     assert {address: outcome.ref for address, outcome in second.result().items()} == {a: o.ref for a, o in first.result().items()}
     third_id, third = run(recipe_file, store, refresh=["evaluate[pesc]"])
     assert fakes.CALLS == ["evaluate[pesc/quiz]"]
-    assert {a for a, s in observe.task_states(third_id, 13).items() if s == "Completed"} == {"evaluate[pesc/quiz]"}
+    assert {a for a, s in observe.task_states(third_id, 14).items() if s == "Completed"} == {"evaluate[pesc/quiz]"}
     assert {a for a, o in third.result().items() if o.how == "built"} == {"evaluate[pesc/quiz]"}
     fourth_id, _ = run(recipe_file, store)
-    assert set(observe.task_states(fourth_id, 13).values()) == {"Cached"}
+    assert set(observe.task_states(fourth_id, 14).values()) == {"Cached"}
 
 
 def test_hits_are_shared_with_runs_without_a_server_in_both_directions(recipe_file, fakes, store):
@@ -89,7 +89,7 @@ def test_a_changed_setting_misses_and_equal_bytes_keep_what_is_below(recipe_file
     fakes.CALLS.clear()
     flow_run_id, _ = run(recipe_file, store, settings={"dedup": {"near_duplicate_threshold": 0.7}})
     assert fakes.CALLS == ["dedup"]
-    states = observe.task_states(flow_run_id, 13)
+    states = observe.task_states(flow_run_id, 14)
     assert [address for address, state in states.items() if state != "Cached"] == ["dedup"]
     fakes.CALLS.clear()
     run(recipe_file, store, overrides=["train.max_grad_norm=0.31"], until=["train[qlora]"])
