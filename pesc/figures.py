@@ -61,14 +61,29 @@ def plot_funnel(funnel: Sequence[tuple[str, int, int, Mapping[str, int]]], reaso
         return svg_text(figure)
 
 
-def svg_text(figure: Figure) -> str:
+class Drawing(str):
+    """A figure as an SVG document, which can also say itself as a PNG."""
+
+    figure: Figure
+
+    def png(self, dpi: int = 120) -> bytes:
+        """The figure on white, the same bytes for the same numbers."""
+        buffer = io.BytesIO()
+        self.figure.set_layout_engine("none")  # laid out when the SVG was made
+        self.figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+        return buffer.getvalue()
+
+
+def svg_text(figure: Figure) -> Drawing:
     """The figure as an SVG document."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):  # ids and glyphs are made here
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return re.sub(r"[ \t]+\n", "\n", buffer.getvalue())
+    drawing = Drawing(re.sub(r"[ \t]+\n", "\n", buffer.getvalue()))
+    drawing.figure = figure
+    return drawing
 
 
 def inline(svg: str, prefix: str, label: str) -> str:

@@ -5,14 +5,17 @@ Style and conversion to SVG are those of every page (`pesc.figures`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pesc.evaluate.comparison import Cell, Comparison, PairedComparison
+from pesc.evaluate.comparison import Cell, Comparison, FigureComparison, PairedComparison
 from pesc.evaluate.records import Training
 from pesc.figures import INK, MUTED, plot_funnel
 from pesc.figures import STYLE as _STYLE
@@ -84,9 +87,8 @@ def _points(axes: Any, chosen: Sequence[tuple[Cell, float]], colour: str, hollow
 def _mark_published(axes: Any, comparison: Comparison, benchmarks: Sequence[str]) -> None:
     points: dict[tuple[str, bool], list[tuple[float, int]]] = {}
     for row, benchmark in enumerate(benchmarks):
-        figures = next((c.figures for c in comparison.cells if c.benchmark == benchmark and c.figures), ())
-        if figures:
-            comparable = all(c.figures[0].comparable for c in comparison.cells if c.benchmark == benchmark and c.figures)
+        if figures := _first_figures(comparison, benchmark):
+            comparable = all(f.comparable for f in figures)
             points.setdefault((figures[0].name, comparable), []).append((figures[0].value, row))
     for (name, comparable), found in sorted(points.items()):
         label = name if comparable else f"{name} (other settings)"
@@ -102,6 +104,81 @@ def _mark_published(axes: Any, comparison: Comparison, benchmarks: Sequence[str]
             linestyle="none",
             clip_on=False,
         )
+
+
+def plot_bars(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Scores as bars with intervals, a group a benchmark; the first published column as a line across its group (dotted: not comparable).
+
+    A bar without filling and ‡: not every question was asked.
+    """
+    benchmarks = [b for b in comparison.benchmarks if any(c.percent for c in comparison.cells if c.benchmark == b)]
+    colours, width = arm_colours(kinds), 0.8 / max(1, len(comparison.arms))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.2))
+        axes = figure.add_subplot()
+        for index, arm in enumerate(comparison.arms):
+            for column, benchmark in enumerate(benchmarks):
+                cell = comparison.cell(arm, benchmark)
+                if cell and cell.percent:
+                    _bar(axes, cell, column + (index - (len(comparison.arms) - 1) / 2) * width, 0.92 * width, colours[arm])
+        for column, benchmark in enumerate(benchmarks):
+            if found := _first_figures(comparison, benchmark):
+                fair = all(f.comparable for f in found)
+                axes.plot([column - 0.44, column + 0.44], [found[0].value] * 2, color=INK, linewidth=1.4, linestyle="-" if fair else ":")
+        handles: list[Any] = [Patch(color=colours[arm], label=arm) for arm in comparison.arms]
+        if shown := [f for b in benchmarks for f in _first_figures(comparison, b)[:1]]:
+            handles.append(Line2D([], [], color=INK, linewidth=1.4, label=f"{shown[0].name} (dotted: other settings)"))
+        limited = {c.benchmark for c in comparison.cells if _is_limited(c)}
+        labels = [names.get(b, b) + ("‡" if b in limited else "") for b in benchmarks]
+        slanted = len(benchmarks) > 6
+        axes.set_xticks(range(len(benchmarks)), labels, rotation=35 if slanted else 0, ha="right" if slanted else "center")
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("score in %, 95 % interval")
+        axes.grid(axis="x", visible=False)
+        figure.legend(handles=handles, loc="outside upper left", ncols=6)
+        return _svg(figure)
+
+
+def _bar(axes: Any, cell: Cell, place: float, width: float, colour: str) -> None:
+    error = [[max(0.0, cell.value - cell.low)], [max(0.0, cell.high - cell.value)]]
+    face = "none" if _is_limited(cell) else colour
+    axes.bar([place], [cell.value], width, color=face, edgecolor=colour, yerr=error, ecolor=MUTED, error_kw={"elinewidth": 1.2})
+
+
+def _first_figures(comparison: Comparison, benchmark: str) -> list[FigureComparison]:
+    """The first published column beside each arm of a benchmark."""
+    return [c.figures[0] for c in comparison.cells if c.benchmark == benchmark and c.figures]
+
+
+def plot_radar(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str | None:
+    """Scores in percent on spokes from 0 to 100, a line an arm with its interval as a band; None below three benchmarks that all arms have.
+
+    The area says nothing: it changes with the order of the spokes.
+    """
+    common = [b for b in comparison.benchmarks if all((c := comparison.cell(arm, b)) and c.percent for arm in comparison.arms)]
+    if len(common) < 3:
+        return None
+    colours = arm_colours(kinds)
+    angles = [2 * math.pi * index / len(common) for index in range(len(common))]
+    angles.append(0.0)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.6 * _WIDTH))
+        axes = figure.add_subplot(projection="polar")
+        axes.set_theta_zero_location("N")  # type: ignore[attr-defined]
+        axes.set_theta_direction(-1)  # type: ignore[attr-defined]
+        for arm in comparison.arms:
+            cells = [cell for b in [*common, common[0]] if (cell := comparison.cell(arm, b))]
+            axes.fill_between(angles, [c.low for c in cells], [c.high for c in cells], color=colours[arm], alpha=0.18, linewidth=0)
+            axes.plot(angles, [c.value for c in cells], color=colours[arm], linewidth=1.5, label=arm)
+        limited = {c.benchmark for c in comparison.cells if _is_limited(c)}
+        axes.set_xticks(angles[:-1], [names.get(b, b) + ("‡" if b in limited else "") for b in common])
+        axes.set_ylim(0, 100)
+        axes.set_yticks([25, 50, 75, 100])
+        for angle, label in zip(angles[:-1], axes.get_xticklabels(), strict=True):
+            side = math.sin(angle)
+            label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
+        figure.legend(loc="outside upper left", ncols=6)
+        return _svg(figure)
 
 
 def plot_differences(comparison: Comparison, arm: str, colour: str, names: Mapping[str, str]) -> str:

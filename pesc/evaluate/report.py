@@ -1,7 +1,7 @@
 """`report`: tables, plots and one self-contained page from everything that the other stages left.
 
     inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], routing[ARM], dedup, mix, tokenize (each optional)
-    out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg
+    out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg and *.png
 
 Runs without torch. The bytes depend on the inputs alone: no date, no host, seeded resampling, plots without ids that change.
 """
@@ -23,6 +23,7 @@ from pesc.evaluate.origins import evaluation, find_holes, find_origins, holes_se
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
 from pesc.evaluate.tables import report_markdown, results_table
+from pesc.figures import Drawing
 from pesc.routing.results import RoutingResult
 from pesc.routing.tables import routing_markdown
 from pesc.stage import BuildResult, StageContext
@@ -162,6 +163,9 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
     drawn = {}
     if any(cell.percent for cell in comparison.cells):
         drawn["scores"] = plots.plot_scores(comparison, kinds, names)
+        drawn["bars"] = plots.plot_bars(comparison, kinds, names)
+    if radar := plots.plot_radar(comparison, kinds, names):
+        drawn["radar"] = radar
     for arm in dict.fromkeys(pair.arm for pair in comparison.paired):
         drawn[f"differences-{arm}"] = plots.plot_differences(comparison, arm, colours[arm], names)
     runs = {arm: records.training[arm] for arm in kinds if arm in records.training and records.training[arm].series("loss")[0]}
@@ -249,6 +253,8 @@ def _write(out: Path, results: dict[str, Any], plots: Mapping[str, str], samples
     (out / "plots").mkdir(exist_ok=True)
     for name, svg in plots.items():
         (out / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+        if isinstance(svg, Drawing):
+            (out / "plots" / f"{name}.png").write_bytes(svg.png())
     (out / "report.html").write_text(render_page(results, plots, samples), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from pesc.evaluate.config import ReportConfig
 from pesc.evaluate.records import data_funnel, parse_address
 from pesc.evaluate.report import build, choose_samples, results_table
 from pesc.stage import StageContext
-from tests.evaluate.builders import make_samples, write_evaluation
+from tests.evaluate.builders import make_result, make_samples, write_evaluation
 
 
 def write_json(path: Path, value) -> Path:
@@ -125,18 +125,57 @@ def test_limits_are_marked_in_pairs_verdicts_and_plots(tmp_path, inputs, monkeyp
     assert "mean of 2‡" in rows
     assert "sparse against control: cannot tell" in tables.verdict_lines(results)[3]
     assert tables.verdict_lines(results)[3].endswith("1 of 2 benchmarks in part‡)")
-    labels = [[label.get_text() for label in figure.axes[0].get_yticklabels()] for figure in drawn[:2]]
+    scores, bars, differences = drawn[:3]
+    labels = [[label.get_text() for label in figure.axes[0].get_yticklabels()] for figure in (scores, differences)]
     assert labels == [["MMLU‡", "GSM8K"], ["MMLU‡", "GSM8K", "mean‡"]]
     hollow = [
         [line.get_markerfacecolor() == "none" for line in figure.axes[0].get_lines() if line.get_marker() in "oD" and len(line.get_xdata())]
-        for figure in drawn[:2]
+        for figure in (scores, differences)
     ]
+    assert [label.get_text() for label in bars.axes[0].get_xticklabels()] == ["MMLU‡", "GSM8K"]
+    filled = {round(bar.get_x()): bar.get_facecolor()[3] for bar in bars.axes[0].patches}
+    assert filled == {0: 0.0, 1: 1.0}
+    assert [line.get_linestyle() for line in bars.axes[0].get_lines() if len(line.get_xdata()) == 2] == [":", ":"]
     assert True in hollow[0]
     assert False in hollow[0]
     assert hollow[1] == [True, False, True]
     page = (out / "report.html").read_text()
     assert "57 of 14,042‡" in page
     assert "1 of 2 benchmarks in part‡" in page
+
+
+def test_a_comparable_figure_is_a_solid_line_across_the_bars(monkeypatch):
+    from pesc.evaluate import plots
+    from pesc.evaluate.baselines import load_baselines
+    from pesc.evaluate.comparison import compare
+
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", drawn.append)
+    results = {("base", "gsm8k"): make_result([1] * 1319, task="gsm8k", metric="exact_match")}
+    plots.plot_bars(compare(results, {}, ("base",), "", ("gpt-3.5",), load_baselines()), {"base": "dense"}, {})
+    (line,) = [line for line in drawn[0].axes[0].get_lines() if list(line.get_ydata()) == [57.1, 57.1]]
+    assert line.get_linestyle() == "-"
+
+
+def test_a_radar_is_drawn_over_three_benchmarks_that_all_arms_have(tmp_path, monkeypatch):
+    from pesc.evaluate import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, draw=plots._svg: (drawn.append(figure), draw(figure))[1])
+    sets = {"mmlu": [1] * 6 + [0] * 4, "gsm8k": [1] * 3 + [0] * 7, "piqa": [1] * 8 + [0] * 2, "arc_easy": [1] * 10}
+    inputs = {f"evaluate[base/{name}]": write_evaluation(tmp_path / name, right, task=name) for name, right in sets.items()}
+    inputs["evaluate[control/mmlu]"] = write_evaluation(tmp_path / "control-mmlu", [1] * 10)
+    assert not (run(tmp_path / "1", inputs) / "plots" / "radar.svg").exists()
+    del inputs["evaluate[control/mmlu]"]
+    drawn.clear()
+    out = run(tmp_path / "2", inputs)
+    (line,) = drawn[2].axes[0].get_lines()
+    names = [label.get_text() for label in drawn[2].axes[0].get_xticklabels()]
+    assert dict(zip(names, line.get_ydata().tolist(), strict=False)) == {"MMLU": 60, "GSM8K": 30, "ARC-Easy": 100, "PIQA": 80}
+    assert line.get_ydata()[0] == line.get_ydata()[-1]
+    for name in ("scores", "bars", "radar"):
+        assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "The area has no meaning" in (out / "report.html").read_text()
 
 
 def test_what_could_not_have_been_seen_is_said(tmp_path, inputs):
@@ -171,6 +210,9 @@ def test_two_runs_write_the_same_bytes(tmp_path, inputs):
         "report.md",
         "report.html",
         "plots/scores.svg",
+        "plots/scores.png",
+        "plots/bars.svg",
+        "plots/bars.png",
         "plots/training.svg",
         "plots/held-out.svg",
         "plots/routing-sparse.svg",
@@ -237,7 +279,7 @@ def test_one_evaluation_is_enough(tmp_path, inputs):
     page = (out / "report.html").read_text()
     assert "Training</h2>" not in page
     assert "Merge proof" not in page
-    assert {path.name for path in (out / "plots").iterdir()} == {"scores.svg"}
+    assert {path.name for path in (out / "plots").iterdir()} == {"scores.svg", "scores.png", "bars.svg", "bars.png"}
 
 
 def test_records_with_missing_keys_do_not_stop_the_report(tmp_path, inputs):
