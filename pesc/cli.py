@@ -27,6 +27,7 @@ import typer
 
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.evaluate import suite_commands
 from pesc.fit import commands as fit_commands
 from pesc.generate import commands as generate_commands
 from pesc.launch import commands as launch_commands
@@ -44,6 +45,7 @@ model_commands.add_to(app)
 fit_commands.add_to(app)
 launch_commands.add_to(app)
 generate_commands.add_to(app)
+suite_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -46,8 +46,9 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
     files = _resolve_files(config, data)
     if files:
         folder.mkdir(parents=True, exist_ok=True)
+        siblings = _siblings(manager, leaves)
         for name in names:
-            text = _override(manager, name, files, config) if name in leaves else _include(manager, name)
+            text = _override(manager, name, files, config, siblings) if name in leaves else _include(manager, name)
             if text:
                 (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         manager = _open_manager([folder], stock=False)
@@ -127,13 +128,20 @@ def _resolve_files(config: BenchmarkConfig, data: Path | None) -> dict[str, str]
     return {split: str(data / file) for split, file in config.files.items()}
 
 
+def _siblings(manager: TaskManager, leaves: Iterable[str]) -> list[str]:
+    """Names of all subsets of the data sets that the tasks read, those of other tasks too."""
+    settings = [entry.cfg or {} for entry in manager.task_index.values()]
+    paths = {(manager.task_index[name].cfg or {}).get("dataset_path") for name in leaves}
+    return sorted({str(cfg["dataset_name"]) for cfg in settings if cfg.get("dataset_name") and cfg.get("dataset_path") in paths})
+
+
 def _include(manager: TaskManager, name: str) -> str:
     """YAML of a group as it is; "" for a tag, which the tasks name themselves."""
     path = manager.task_index[name].yaml_path
     return yaml.safe_dump({"include": str(path)}) if path else ""
 
 
-def _override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig) -> str:
+def _override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig, siblings: list[str]) -> str:
     """YAML of the stock task with its items taken from files."""
     entry = manager.task_index[name]
     if entry.kind.name == "PY_TASK":
@@ -157,7 +165,7 @@ def _override(manager: TaskManager, name: str, files: Mapping[str, str], config:
     if shots.get("split") and shots["split"] not in paths:
         override["fewshot_config"] = {key: value for key, value in shots.items() if key != "split"}
     override |= {"include": str(entry.yaml_path), "task": name, "dataset_path": "json", "dataset_name": None}
-    override["dataset_kwargs"] = {"files": paths, "subset": subset}
+    override["dataset_kwargs"] = {"files": paths, "subset": subset, "siblings": siblings}
     return yaml.safe_dump(override, sort_keys=True) + "custom_dataset: !function pesc.evaluate.tasks.rows.load_rows\n"
 
 
