@@ -42,12 +42,14 @@ def answer_in_processes(ctx: StageContext) -> None:
 
     Raises RecipeError for more processes than GPUs, the PescError of a rank, StageFailedError when one ended otherwise.
     """
+    import torch
+
     count = ctx.execution.evaluate_processes
     _require_devices(ctx.execution, count)
     job, error = ctx.work / JOB_NAME, ctx.work / ERROR_NAME
     error.unlink(missing_ok=True)
     write_json(job, _describe(ctx))
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    threads = torch.get_num_threads()  # as alone: on a CPU the number of threads changes the order of sums
     pids = ctx.work / PIDS_NAME
     supervise.kill_recorded(pids)
     outcome = supervise.run(

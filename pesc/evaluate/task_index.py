@@ -41,8 +41,8 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
     """
     manager = find_task(config.task)
     names = list(_members(manager, config.task))
-    leaves = [name for name in names if manager.task_index[name].kind.name not in CONTAINERS]
-    _refuse_unguarded_code(manager, leaves)
+    leaves = leaves_of(manager, config.task)
+    refuse_unguarded_code(manager, leaves)
     files = _resolve_files(config, data)
     if files:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
         manager = _open_manager([folder], stock=False)
     elif config.task in OWN_TASKS and not (manager.task_index[config.task].cfg or {}).get("dataset_path"):
         raise EvaluationError(f"Task {config.task} reads its items from files; set evaluate.benchmarks.*.source and .files (split test).")
-    with _explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
+    with explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
         loaded = manager.load([config.task])
     _check_examples(config, loaded)
     return loaded
@@ -107,7 +107,13 @@ def _members(manager: TaskManager, name: str) -> Iterable[str]:
         yield from _members(manager, member if isinstance(member, str) else str(member.get("task") or member.get("group")))
 
 
-def _refuse_unguarded_code(manager: TaskManager, names: Iterable[str]) -> None:
+def leaves_of(manager: TaskManager, task: str) -> list[str]:
+    """Names of the tasks of a group or tag, or the task's own."""
+    return [name for name in _members(manager, task) if manager.task_index[name].kind.name not in CONTAINERS]
+
+
+def refuse_unguarded_code(manager: TaskManager, names: Iterable[str]) -> None:
+    """Raise EvaluationError for a task that runs model-written code outside this package's sandbox."""
     for name in names:
         if name not in OWN_TASKS and (manager.task_index[name].cfg or {}).get("unsafe_code"):
             own = f"pesc_{name}"
@@ -170,7 +176,7 @@ def _override(manager: TaskManager, name: str, files: Mapping[str, str], config:
 
 
 @contextmanager
-def _explained(task: str, local: bool) -> Iterator[None]:
+def explained(task: str, local: bool) -> Iterator[None]:
     """Turn what loading a task can raise into one sentence."""
     from jinja2 import UndefinedError
 
