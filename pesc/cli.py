@@ -34,6 +34,7 @@ import typer
 from pesc.bench.commands import bench
 from pesc.errors import PescError, RecipeError, disk_sentence
 from pesc.evaluate import commands as evaluate_commands
+from pesc.evaluate import suite_commands
 from pesc.fit import commands as fit_commands
 from pesc.generate import commands as generate_commands
 from pesc.launch import commands as launch_commands
@@ -58,6 +59,7 @@ publish_commands.add_to(app)
 serve_commands.add_to(app)
 evaluate_commands.add_to(app)
 routing_commands.add_to(app)
+suite_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 

@@ -186,11 +186,13 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluate",
         BenchmarkConfig,
-        1,
+        2,
         "pesc.evaluate.harness:build",
         (
             "pesc.evaluate.harness",
+            "pesc.evaluate.journal",
             "pesc.evaluate.language_model",
+            "pesc.evaluate.rank",
             "pesc.evaluate.results",
             "pesc.evaluate.sandbox",
             "pesc.evaluate.task_index",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -80,11 +80,17 @@ class Execution(BaseModel):
         default=("tensorboard",), description="Who else records a training run: TensorBoard's files in the workspace, W&B, MLflow."
     )
     log_every_steps: int = Field(default=1, ge=1, description="Optimizer steps between progress lines.")
-    evaluate_batch_size: int = Field(default=8, ge=1, description="Requests in one forward pass of an evaluation.")
     parallel_benchmarks: int = Field(
         default=1,
         ge=1,
         description="Benchmarks that are run at the same time, each in a process with a GPU of its own where there are several.",
+    )
+    evaluate_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Requests in one forward pass of an evaluation. auto: many; halved for as long as they do not fit the GPU.",
+    )
+    evaluate_processes: int = Field(
+        default=1, ge=1, description="Processes that share the requests of one benchmark, each with the whole model (on a GPU of its own)."
     )
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
     task_runner: Literal["local", "dask", "ray"] = Field(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pesc.evaluate.suites import expand
 from pesc.stage import StageConfig
 
 
@@ -13,7 +15,11 @@ class BenchmarkConfig(StageConfig):
     """One benchmark: an lm-eval task with its settings.  `evaluate[ARM/NAME]` runs it."""
 
     task: str = Field(description="lm-eval task: mmlu, gsm8k, humaneval, or one of this package's offline tasks (pesc_*).")
-    metric: str = Field(description="Metric that the tables show, as lm-eval names it: acc, acc_norm, exact_match, pass@1.")
+    metric: str | None = Field(
+        default=None,
+        description="Metric that the tables show, as lm-eval names it: acc, acc_norm, exact_match, pass@1. None: acc_norm "
+        "where the task has it, else its first.",
+    )
     filter: str | None = Field(default=None, description="lm-eval filter of the metric, e.g. strict-match.")
     num_fewshot: int | None = Field(default=None, ge=0, description="Solved examples in the prompt. None: as the task says.")
     limit: int | None = Field(default=None, gt=0, description="Use only the first N items of each (sub)task; marked in every table.")
@@ -29,9 +35,18 @@ class BenchmarkConfig(StageConfig):
 
 
 class EvaluateConfig(StageConfig):
-    """The benchmarks of a recipe, by the name used in addresses."""
+    """The benchmarks of a recipe, by the name used in addresses.
+
+    A recipe may also say `suites`, `tasks`, `limit` and `data` (see `pesc.evaluate.suites`); they are turned into benchmarks when it is
+    read.
+    """
 
     benchmarks: dict[str, BenchmarkConfig] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, raw: Any) -> Any:
+        return expand(raw) if isinstance(raw, Mapping) else raw
 
 
 class ReportConfig(StageConfig):

@@ -22,9 +22,11 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pesc.errors import EvaluationError
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from pesc.evaluate.language_model import JournaledLM
 
 logger = logging.getLogger(__name__)
+JOURNAL = "answers.jsonl"
+PATIENCE_SECONDS = 30
+"""Shortest alarm while formulas are compared."""
 BOOTSTRAP_ITERATIONS = 1000
 """Resamples for the standard error of metrics that have no closed form."""
 
@@ -55,14 +60,16 @@ def build(ctx: StageContext) -> BuildResult:
         loaded = load_tasks(config, ctx.inputs.get("data"), generated)
         apply_settings(config, loaded)
         _require_sandbox(loaded)
-        model = _load_model(ctx)
-        if config.apply_chat_template and not model.tokenizer.chat_template:
-            raise EvaluationError(
-                "apply_chat_template is on, but the model's tokenizer has no chat template; turn it off or add chat_template.jinja to the model."
-            )
+        _require_chat_template(config, ctx.inputs["model"])
+        if ctx.execution.evaluate_processes > 1:
+            from pesc.evaluate.rank import answer_in_processes
+
+            answer_in_processes(ctx)
+        model = load_model(ctx, ctx.work / JOURNAL, ctx.work.glob("answers-*.jsonl"))
         loading = time.perf_counter() - started
-        raw = _evaluate(config, model, loaded)
-    result, samples = summarise(config, loaded, raw, describe_model(model), _template_digest(config, model))
+        raw = evaluate_tasks(config, model, loaded)
+    result, samples = summarise(config, loaded, raw, describe_model(model), _template_digest(config, model), model.marks)
+    _warn_of_marks(ctx.address, result)
     write_results(ctx.out, result, samples)
     seconds = time.perf_counter() - started
     logger.info("%s: %s %.4f over %d items in %.1f s", ctx.address, result.metric, result.value, result.num_items, seconds)
@@ -71,6 +78,7 @@ def build(ctx: StageContext) -> BuildResult:
         "dispatch": export_choices(),
         "items_per_second": round(result.num_items / max(seconds - loading, 1e-9), 3), "device": str(model.device), "batch_size": int(model.batch_size),
     }  # fmt: skip
+    metrics |= {"truncated": result.num_truncated, "cut_prompts": result.num_cut_prompts}
     return BuildResult(metrics=metrics, provenance={"lm_eval": result.lm_eval_version, "task_hash": result.task_hash})
 
 
@@ -117,12 +125,30 @@ def _require_sandbox(loaded: TaskDict) -> None:
         require_isolation()
 
 
-def _load_model(ctx: StageContext) -> JournaledLM:
+def _require_chat_template(config: BenchmarkConfig, model: Path) -> None:
+    """Read from the tokenizer alone, before the weights."""
+    if not config.apply_chat_template:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError):
+        return  # loading the model says what is wrong with it
+    if not tokenizer.chat_template:
+        raise EvaluationError(
+            "apply_chat_template is on, but the model's tokenizer has no chat template; turn it off or add chat_template.jinja to the model."
+        )
+
+
+def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), share: tuple[int, int] = (0, 1)) -> JournaledLM:
+    """The model with its journal.  others: journals that are only read.  share: see `JournaledLM`."""
+    from pesc.evaluate.journal import Journal
     from pesc.evaluate.language_model import choose_device, load_language_model
     from pesc.models import register
 
     register()
-    names = {"loglikelihood": "scored", "generate_until": "generated"}
+    names = {"loglikelihood": "scored", "loglikelihood_rolling": "scored", "generate_until": "generated"}
 
     def report(done: int, total: int, kind: str) -> None:
         ctx.progress(done, total, unit="requests", message=f"{ctx.config.task}: {names[kind]}")
@@ -133,12 +159,13 @@ def _load_model(ctx: StageContext) -> JournaledLM:
     if warning and device == "cpu" and ctx.config.dtype == "bfloat16":
         logger.warning(warning)
     return load_language_model(
-        ctx.inputs["model"], device=device, dtype=ctx.config.dtype, batch_size=ctx.execution.evaluate_batch_size,
-        journal=ctx.work / "answers.jsonl", on_progress=report,
+        ctx.inputs["model"], device=device if share == (0, 1) or device == "cpu" else f"cuda:{share[0]}", dtype=ctx.config.dtype,
+        batch_size=ctx.execution.evaluate_batch_size, journal=Journal(journal, sorted(others)), on_progress=report, share=share,
     )  # fmt: skip
 
 
-def _evaluate(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> Mapping[str, Any]:
+def evaluate_tasks(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> Mapping[str, Any]:
+    """lm-eval's answer.  Raises EvaluationError for settings that lm-eval refuses."""
     import numpy as np
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import set_torch_seed
@@ -147,16 +174,43 @@ def _evaluate(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> 
     np.random.seed(config.seed)
     set_torch_seed(config.seed)
     try:
-        raw = evaluate(
-            model, loaded, limit=config.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True, apply_chat_template=config.apply_chat_template,
-            fewshot_as_multiturn=config.apply_chat_template, confirm_run_unsafe_code=set(loaded["tasks"]) <= OWN_TASKS,
-        )  # fmt: skip
+        with patient_mathematics():
+            raw = evaluate(
+                model, loaded, limit=config.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True,
+                apply_chat_template=config.apply_chat_template, fewshot_as_multiturn=config.apply_chat_template,
+                confirm_run_unsafe_code=set(loaded["tasks"]) <= OWN_TASKS,
+            )  # fmt: skip
     except AssertionError as error:  # lm-eval states its limits with assert: prompts that leave no room, too many examples
         raise EvaluationError(
             f"lm-eval cannot run {config.task} with these settings: {str(error).strip() or 'an assertion failed'}"
         ) from error
     assert raw is not None, "lm-eval returns nothing only on ranks other than 0"
     return raw
+
+
+@contextlib.contextmanager
+def patient_mathematics() -> Iterator[None]:
+    """While active, what compares formulas (sympy, for lm-eval's tasks and for math_verify) may take longer than its five seconds.
+
+    Those limits are alarms of the wall clock: on a busy machine an answer could be wrong that is right on an idle one.  Comparisons
+    that have no end still end.
+    """
+    alarm = signal.alarm
+    signal.alarm = lambda seconds: alarm(max(seconds, PATIENCE_SECONDS) if seconds else 0)
+    try:
+        yield
+    finally:
+        signal.alarm = alarm
+
+
+def _warn_of_marks(address: str, result: BenchmarkResult) -> None:
+    """A word in the log where at least one item in twenty is not what it seems."""
+    for count, what in (
+        (result.num_truncated, "generations ended at their longest length, unfinished: raise max_gen_toks"),
+        (result.num_cut_prompts, "prompts were longer than the model's positions and lost their beginning: use fewer examples"),
+    ):
+        if count >= 0.05 * result.num_items:
+            logger.warning("%s: %d of %d %s", address, count, result.num_items, what)
 
 
 def describe_model(model: JournaledLM) -> ModelFacts:
@@ -176,14 +230,22 @@ def _template_digest(config: BenchmarkConfig, model: JournaledLM) -> str | None:
 
 
 def summarise(
-    config: BenchmarkConfig, loaded: TaskDict, raw: Mapping[str, Any], model: ModelFacts, template: str | None
+    config: BenchmarkConfig,
+    loaded: TaskDict,
+    raw: Mapping[str, Any],
+    model: ModelFacts,
+    template: str | None,
+    marks: Mapping[tuple[str, int], tuple[bool, bool]],
 ) -> tuple[BenchmarkResult, list[Sample]]:
-    """lm-eval's answer as a typed result and samples.  Raises EvaluationError when the configured metric is not among it."""
+    """lm-eval's answer as a typed result and samples.  Raises EvaluationError when the configured metric is not among it.
+
+    marks: (task, number of the item) -> (truncated, prompt cut), of the items that have a mark.
+    """
     tasks = tuple(_task_result(name, raw) for name in sorted(loaded["tasks"]))
     measurements = _measurements(raw["results"].get(config.task), raw["higher_is_better"].get(config.task)) or _pool(tasks)
     chosen = _choose(config, measurements)
     samples = [
-        _sample(name, loaded["tasks"][name], entry, chosen)
+        _sample(name, loaded["tasks"][name], entry, chosen, marks.get((name, entry["doc_id"]), (False, False)))
         for name in sorted(loaded["tasks"])
         for entry in raw["samples"][name]
         if entry["filter"] == chosen.filter
@@ -196,7 +258,8 @@ def summarise(
         value=chosen.value, stderr=chosen.stderr, higher_is_better=chosen.higher_is_better, num_items=sum(task.num_items for task in tasks),
         num_available=sum(task.num_available for task in tasks), num_correct=sum(sample.correct or 0 for sample in samples) if binary else None,
         num_fewshot=max(task.num_fewshot for task in tasks), limit=config.limit, task_hash=digest, chat_template_sha256=template,
-        generation=kwargs, measurements=measurements, tasks=tasks, model=model, settings=config,
+        generation=kwargs, num_truncated=sum(sample.truncated for sample in samples),
+        num_cut_prompts=sum(sample.prompt_cut for sample in samples), measurements=measurements, tasks=tasks, model=model, settings=config,
         lm_eval_version=importlib.metadata.version("lm_eval"),
     )  # fmt: skip
     return result, samples
@@ -250,22 +313,22 @@ def _pool(tasks: Sequence[TaskResult]) -> tuple[Measurement, ...]:
 
 
 def _choose(config: BenchmarkConfig, measurements: Sequence[Measurement]) -> Measurement:
-    named = [m for m in measurements if m.metric == config.metric]
+    names = [m.metric for m in measurements]
+    wanted = config.metric or ("acc_norm" if "acc_norm" in names else next(iter(names), None))
+    named = [m for m in measurements if m.metric == wanted]
     found = [m for m in named if config.filter in (None, m.filter)]
     if len(found) == 1:
         return found[0]
     if not named:
         there = ", ".join(dict.fromkeys(m.metric for m in measurements)) or "none"
-        raise EvaluationError(
-            f"Task {config.task} does not measure {config.metric!r}; set evaluate.benchmarks.*.metric to one of: {there}."
-        )
+        raise EvaluationError(f"Task {config.task} does not measure {wanted!r}; set evaluate.benchmarks.*.metric to one of: {there}.")
     filters = ", ".join(m.filter for m in named)
     raise EvaluationError(
-        f"Metric {config.metric} of task {config.task} comes with the filters {filters}; set evaluate.benchmarks.*.filter to one of them."
+        f"Metric {wanted} of task {config.task} comes with the filters {filters}; set evaluate.benchmarks.*.filter to one of them."
     )
 
 
-def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement) -> Sample:
+def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement, marks: tuple[bool, bool]) -> Sample:
     question = task.doc_to_text(entry["doc"])
     choices = task.doc_to_choice(entry["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else ()
     value: Any = entry.get(chosen.metric)
@@ -277,6 +340,7 @@ def _sample(name: str, task: Any, entry: Mapping[str, Any], chosen: Measurement)
         question=question if isinstance(question, str) else "", choices=tuple(map(str, choices)), target=_plain(entry["target"]),
         responses=tuple(_response(answer) for answers in entry["resps"] for answer in answers),
         outcome=_plain(entry["filtered_resps"]) if generated else None, score=score, correct=1 if score == 1 else 0 if score == 0 else None,
+        truncated=marks[0], prompt_cut=marks[1],
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pesc.errors import EvaluationError
 from pesc.evaluate.config import BenchmarkConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class _Record(BaseModel):
@@ -75,6 +75,8 @@ class BenchmarkResult(_Record):
     task_hash: str
     chat_template_sha256: str | None
     generation: dict[str, Any] | None = Field(description="Decoding settings of generating tasks.")
+    num_truncated: int = Field(0, description="Items with a generation that ended at its longest length, before the model ended it.")
+    num_cut_prompts: int = Field(0, description="Items whose prompt was longer than the model's positions and lost its beginning.")
     measurements: tuple[Measurement, ...]
     tasks: tuple[TaskResult, ...]
     model: ModelFacts
@@ -88,7 +90,10 @@ class BenchmarkResult(_Record):
 
 
 class Sample(_Record):
-    """One item as it was asked, answered and scored.  score: the metric of this item; correct: 1 or 0 when it is one of both."""
+    """One item as it was asked, answered and scored.  score: the metric of this item; correct: 1 or 0 when it is one of both.
+
+    truncated, prompt_cut: as in `BenchmarkResult.num_truncated` and `num_cut_prompts`.
+    """
 
     task: str
     doc_id: int
@@ -102,6 +107,8 @@ class Sample(_Record):
     outcome: Any = Field(None, description="What a filter made of the response: the extracted answer, or the sandbox's verdict.")
     score: float | None
     correct: Literal[0, 1] | None
+    truncated: bool = False
+    prompt_cut: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -118,7 +125,7 @@ def write_results(folder: Path, result: BenchmarkResult, samples: Iterable[Sampl
 
 
 def _dump(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, allow_nan=False)
 
 
 def read_result(folder: Path) -> BenchmarkResult:

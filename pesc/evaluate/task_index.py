@@ -41,19 +41,20 @@ def load_tasks(config: BenchmarkConfig, data: Path | None, folder: Path) -> Task
     """
     manager = find_task(config.task)
     names = list(_members(manager, config.task))
-    leaves = [name for name in names if manager.task_index[name].kind.name not in CONTAINERS]
-    _refuse_unguarded_code(manager, leaves)
+    leaves = leaves_of(manager, config.task)
+    refuse_unguarded_code(manager, leaves)
     files = _resolve_files(config, data)
     if files:
         folder.mkdir(parents=True, exist_ok=True)
+        siblings = _siblings(manager, leaves)
         for name in names:
-            text = _override(manager, name, files, config) if name in leaves else _include(manager, name)
+            text = _override(manager, name, files, config, siblings) if name in leaves else _include(manager, name)
             if text:
                 (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         manager = _open_manager([folder], stock=False)
     elif config.task in OWN_TASKS and not (manager.task_index[config.task].cfg or {}).get("dataset_path"):
         raise EvaluationError(f"Task {config.task} reads its items from files; set evaluate.benchmarks.*.source and .files (split test).")
-    with _explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
+    with explained(config.task, bool(files)), _quiet("lm_eval.api.task"):  # it advertises its command line for each task
         loaded = manager.load([config.task])
     _check_examples(config, loaded)
     return loaded
@@ -106,7 +107,13 @@ def _members(manager: TaskManager, name: str) -> Iterable[str]:
         yield from _members(manager, member if isinstance(member, str) else str(member.get("task") or member.get("group")))
 
 
-def _refuse_unguarded_code(manager: TaskManager, names: Iterable[str]) -> None:
+def leaves_of(manager: TaskManager, task: str) -> list[str]:
+    """Names of the tasks of a group or tag, or the task's own."""
+    return [name for name in _members(manager, task) if manager.task_index[name].kind.name not in CONTAINERS]
+
+
+def refuse_unguarded_code(manager: TaskManager, names: Iterable[str]) -> None:
+    """Raise EvaluationError for a task that runs model-written code outside this package's sandbox."""
     for name in names:
         if name not in OWN_TASKS and (manager.task_index[name].cfg or {}).get("unsafe_code"):
             own = f"pesc_{name}"
@@ -127,13 +134,20 @@ def _resolve_files(config: BenchmarkConfig, data: Path | None) -> dict[str, str]
     return {split: str(data / file) for split, file in config.files.items()}
 
 
+def _siblings(manager: TaskManager, leaves: Iterable[str]) -> list[str]:
+    """Names of all subsets of the data sets that the tasks read, those of other tasks too."""
+    settings = [entry.cfg or {} for entry in manager.task_index.values()]
+    paths = {(manager.task_index[name].cfg or {}).get("dataset_path") for name in leaves}
+    return sorted({str(cfg["dataset_name"]) for cfg in settings if cfg.get("dataset_name") and cfg.get("dataset_path") in paths})
+
+
 def _include(manager: TaskManager, name: str) -> str:
     """YAML of a group as it is; "" for a tag, which the tasks name themselves."""
     path = manager.task_index[name].yaml_path
     return yaml.safe_dump({"include": str(path)}) if path else ""
 
 
-def _override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig) -> str:
+def _override(manager: TaskManager, name: str, files: Mapping[str, str], config: BenchmarkConfig, siblings: list[str]) -> str:
     """YAML of the stock task with its items taken from files."""
     entry = manager.task_index[name]
     if entry.kind.name == "PY_TASK":
@@ -157,12 +171,12 @@ def _override(manager: TaskManager, name: str, files: Mapping[str, str], config:
     if shots.get("split") and shots["split"] not in paths:
         override["fewshot_config"] = {key: value for key, value in shots.items() if key != "split"}
     override |= {"include": str(entry.yaml_path), "task": name, "dataset_path": "json", "dataset_name": None}
-    override["dataset_kwargs"] = {"files": paths, "subset": subset}
+    override["dataset_kwargs"] = {"files": paths, "subset": subset, "siblings": siblings}
     return yaml.safe_dump(override, sort_keys=True) + "custom_dataset: !function pesc.evaluate.tasks.rows.load_rows\n"
 
 
 @contextmanager
-def _explained(task: str, local: bool) -> Iterator[None]:
+def explained(task: str, local: bool) -> Iterator[None]:
     """Turn what loading a task can raise into one sentence."""
     from jinja2 import UndefinedError
 

@@ -82,13 +82,13 @@ def code_config(**changes) -> BenchmarkConfig:
     return BenchmarkConfig(**{**fields, "dtype": "float32", **changes})
 
 
-def context(root: Path, config: BenchmarkConfig, model: Path, data: Path | None, on_progress=None) -> StageContext:
+def context(root: Path, config: BenchmarkConfig, model: Path, data: Path | None, on_progress=None, batch_size=2) -> StageContext:
     """A stage context with fresh folders below root (an existing work folder is kept, as after an interruption)."""
     out = root / "out"
     out.mkdir(parents=True)
     (root / "work").mkdir(exist_ok=True)
     inputs = {"model": model, **({"data": data} if data else {})}
-    execution = Execution(device="cpu", evaluate_batch_size=2)
+    execution = Execution(device="cpu", evaluate_batch_size=batch_size)
     return StageContext("evaluate[arm/x]", config, inputs, out, root / "work", execution, on_progress or (lambda progress: None))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.data.conftest import smollm2  # noqa: F401  the same fixture
 from tests.evaluate.builders import build_data, build_model
 
 

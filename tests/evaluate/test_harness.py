@@ -8,7 +8,8 @@ import pytest
 
 from pesc.errors import EvaluationError
 from pesc.evaluate import harness
-from pesc.evaluate.language_model import Journal, chunk_by_context
+from pesc.evaluate import journal as journal_module
+from pesc.evaluate.journal import Answer, Journal, chunk_by_context
 from pesc.evaluate.results import read_result, read_samples
 from tests.evaluate.builders import QUESTIONS, build_model, choice_config, code_config, context
 
@@ -85,6 +86,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(choice_run, tmp_path, mode
         if progress.done >= 8:
             raise KeyboardInterrupt
 
+    monkeypatch.setitem(journal_module.CONTEXTS, "loglikelihood", 2)
     ctx = context(tmp_path / "first", choice_config(), model_dir, data_dir, stop)
     with pytest.raises(KeyboardInterrupt):
         harness.build(ctx)
@@ -102,7 +104,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(choice_run, tmp_path, mode
         assert (again.out / name).read_bytes() == (choice_run[0] / name).read_bytes()
 
 
-def test_progress_reaches_the_total(tmp_path, model_dir, data_dir):
+def test_progress_reaches_the_total(tmp_path, model_dir, data_dir, monkeypatch):
+    monkeypatch.setitem(journal_module.CONTEXTS, "loglikelihood", 2)
     seen = []
     harness.build(context(tmp_path, choice_config(limit=3), model_dir, data_dir, seen.append))
     assert [(p.done, p.total) for p in seen] == [(0, 12), (8, 12), (12, 12)]
@@ -228,11 +231,122 @@ def test_chunks_keep_contexts_together_and_lose_nothing():
 
 def test_journal_forgets_the_torn_line(tmp_path):
     path = tmp_path / "answers.jsonl"
-    Journal(path).put("a", [[-1.5, True]])
+    Journal(path).put("a", [Answer([-1.5, True])])
     with path.open("a") as file:
         file.write('{"key": "b", "ans')
     journal = Journal(path)
-    assert (journal.get("a"), journal.get("b")) == ([[-1.5, True]], None)
-    journal.put("c", ["text"])
-    assert Journal(path).get("c") == ["text"]
+    assert (journal.get("a"), journal.get("b")) == ([Answer([-1.5, True])], None)
+    journal.put("c", [Answer("text", truncated=True)])
+    assert Journal(path).get("c") == [Answer("text", truncated=True)]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.put("d", [Answer([float("nan"), False])])
     assert [json.loads(line)["key"] for line in path.read_text().splitlines() if line.endswith("}")] == ["a", "c"]
+
+
+@pytest.mark.parametrize("config", [choice_config, code_config], ids=["scored", "generated"])
+def test_logits_that_are_no_numbers_are_a_sentence(tmp_path, model_dir, data_dir, config):
+    """One NaN in one weight: no score, no file, nothing in the journal that a later run would believe."""
+    damaged = _damage(model_dir, tmp_path / "model")
+    ctx = context(tmp_path / "run", config(), damaged, data_dir)
+    with pytest.raises(EvaluationError, match=r"not finite numbers \(task pesc_\w+, at or after item \d, dtype float32\)"):
+        harness.build(ctx)
+    assert list(ctx.out.iterdir()) == []
+    assert not (ctx.work / "answers.jsonl").exists()
+
+
+def _damage(model, folder):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_unfinished_generations_and_cut_prompts_are_counted(tmp_path, model_dir, data_dir):
+    """Twelve tokens of a random model end no function; 510 of 512 positions leave no room for the prompt."""
+    ctx = context(tmp_path / "short", code_config(), model_dir, data_dir)
+    harness.build(ctx)
+    result, samples = read_result(ctx.out), list(read_samples(ctx.out))
+    assert result.num_truncated == sum(sample.truncated for sample in samples) == 2
+    assert result.num_cut_prompts == 0
+    ctx = context(tmp_path / "long", code_config(max_gen_toks=509), model_dir, data_dir)
+    harness.build(ctx)
+    result, samples = read_result(ctx.out), list(read_samples(ctx.out))
+    assert result.num_cut_prompts == sum(sample.prompt_cut for sample in samples) == 2
+
+
+def test_a_long_question_is_scored_without_its_beginning_and_marked(tmp_path, model_dir):
+    rows = [
+        {"question": question, "options": "A. red\nB. blue", "answer": "A. red"}
+        for question in ("Which colour?", "word " * 600 + "Which colour?")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ctx = context(tmp_path / "run", choice_config(files={"test": "rows.jsonl"}), model_dir, tmp_path)
+    harness.build(ctx)
+    assert [sample.prompt_cut for sample in read_samples(ctx.out)] == [False, True]
+    assert read_result(ctx.out).num_cut_prompts == 1
+
+
+def test_a_batch_that_does_not_fit_is_halved(choice_run, tmp_path, model_dir, data_dir, monkeypatch):
+    """A GPU with room for three rows: the same answers as before."""
+    import torch
+
+    from pesc.evaluate.language_model import JournaledLM
+
+    seen = []
+
+    def call(self, tokens, *rest, _call=JournaledLM._model_call):
+        seen.append(tokens.size(0))
+        if tokens.size(0) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return _call(self, tokens, *rest)
+
+    monkeypatch.setattr(JournaledLM, "_model_call", call)
+    ctx = context(tmp_path, choice_config(), model_dir, data_dir, batch_size="auto")
+    harness.build(ctx)
+    assert seen[:2] == [8, 4]
+    assert max(seen[2:]) <= 3
+    assert (ctx.out / "samples.jsonl").read_bytes() == (choice_run[0] / "samples.jsonl").read_bytes()
+
+
+def test_one_row_that_does_not_fit_is_a_sentence(tmp_path, model_dir, data_dir, monkeypatch):
+    import torch
+
+    from pesc.evaluate.language_model import JournaledLM
+
+    def refuse(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(JournaledLM, "_model_call", refuse)
+    with pytest.raises(EvaluationError, match="One request of task pesc_openbookqa does not fit"):
+        harness.build(context(tmp_path, choice_config(), model_dir, data_dir))
+
+
+def test_without_a_metric_it_is_acc_norm(choice_run, tmp_path, model_dir, data_dir):
+    ctx = context(tmp_path, choice_config(metric=None), model_dir, data_dir)
+    harness.build(ctx)
+    assert read_result(ctx.out).metric == "acc_norm"
+
+
+def test_formulas_get_more_time_than_their_alarm(monkeypatch):
+    """A comparison that takes longer than its limit because the machine is busy is not cut off."""
+    import signal
+    import time
+
+    def compare(seconds):
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("cut off"))
+        signal.alarm(1)
+        time.sleep(seconds)
+        signal.alarm(0)
+
+    before = signal.alarm
+    with harness.patient_mathematics():
+        compare(1.2)
+    assert signal.alarm is before
+    monkeypatch.setattr(harness, "PATIENCE_SECONDS", 1)
+    with harness.patient_mathematics(), pytest.raises(BaseException, match="cut off"):
+        compare(30)  # one without an end still ends

@@ -50,6 +50,8 @@ def test_programs_that_compute_and_print_pass():
         ("while True: pass", "timeout", "cpu"),
         ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "timeout", "cpu"),
         ("x = []\nwhile True: x.append(bytearray(1 << 24))", "failed", "MemoryError"),
+        ("bytearray(64 << 30)", "failed", "MemoryError"),
+        ("import mmap; mmap.mmap(-1, 64 << 30)", "failed", "OSError"),
         ("import os; os.abort()", "killed", "SIGABRT"),
         ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()", "failed", "RuntimeError"),
     ],
@@ -238,5 +240,67 @@ def test_all_canonical_solutions_of_humaneval_and_mbpp_pass(shared_data):
     assert [row["task_id"] for row, outcome in zip(problems, outcomes, strict=True) if outcome[0]["status"] != "passed"] == []
     problems = read("mbpp_test.jsonl")
     outcomes = run_mbpp([[row["code"]] for row in problems], problems)
-    failed = [(row["task_id"], outcome[0]) for row, outcome in zip(problems, outcomes, strict=True) if outcome[0]["status"] != "passed"]
-    assert len(failed) <= 2, failed
+    assert [(row["task_id"], outcome[0]) for row, outcome in zip(problems, outcomes, strict=True) if outcome[0]["status"] != "passed"] == []
+    wrong = problems[1:] + problems[:1]  # each problem gets its neighbour's solution
+    outcomes = run_mbpp([[row["code"]] for row in wrong], problems)
+    assert [row["task_id"] for row, outcome in zip(problems, outcomes, strict=True) if outcome[0]["status"] == "passed"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("wrong", ["    return None\n", "    pass\n", "    raise NotImplementedError\n"])
+def test_wrong_solutions_of_humaneval_score_nothing(shared_data, wrong):
+    from pesc.evaluate.tasks.code import run_humaneval
+
+    rows = [json.loads(line) for line in (shared_data / "data/benchmarks/humaneval_test.jsonl").read_text(encoding="utf-8").splitlines()]
+    outcomes = run_humaneval([[wrong]] * len(rows), rows)
+    assert [row["task_id"] for row, outcome in zip(rows, outcomes, strict=True) if outcome[0]["status"] == "passed"] == []
+
+
+ATTACKS = {
+    "fork bomb": "import os\n    while True: os.fork()",
+    "infinite loop": "while True: pass",
+    "64 GB": "bytearray(64 << 30)",
+    "socket": "import socket; socket.create_connection(('127.0.0.1', 1))",
+    "writing outside": "open({victim!r}, 'w').write('gone')",
+    "killing the parent": "import os; os.kill(os.getppid(), 9)",
+    "killing the evaluator": "import os; os.kill({pid}, 9)",
+    "deleting files": "import os, shutil; os.remove({victim!r}); shutil.rmtree({folder!r})",
+    "reading the environment": "import os; assert 'HF_TOKEN' in os.environ or open('/proc/{pid}/environ').read()",
+    "a shell": "import os; assert os.system('touch {folder}/made') == 0",
+    "leaving early": "import os; os._exit(0)",
+}
+
+
+def test_attacks_inside_a_benchmark_run_score_nothing_and_the_run_goes_on(tmp_path, model_dir, monkeypatch):
+    """The whole stage, with hostile answers and honest ones in the model's mouth, one after the other."""
+    from pesc.evaluate import harness
+    from pesc.evaluate.language_model import JournaledLM
+    from pesc.evaluate.results import read_result, read_samples
+    from tests.evaluate.builders import PROBLEMS, code_config, context
+
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+    folder, victim, data = tmp_path / "precious", tmp_path / "precious/victim", tmp_path / "data"
+    folder.mkdir(mode=0o777)
+    victim.write_text("precious")
+    data.mkdir()
+    bodies = {name: "    " + text.format(pid=os.getpid(), victim=str(victim), folder=str(folder)) + "\n" for name, text in ATTACKS.items()}
+    answers, rows = {}, []
+    for number, body in enumerate(bodies.values()):
+        for kind, answer in (("attack", body + "    return a + b\n"), ("honest", PROBLEMS[0]["canonical_solution"])):
+            prompt = f"# {kind} {number}\n{PROBLEMS[0]['prompt']}"
+            rows.append({**PROBLEMS[0], "task_id": f"{kind}/{number}", "prompt": prompt})
+            answers[prompt] = answer
+    (data / "problems.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    monkeypatch.setattr(JournaledLM, "generate_until", lambda self, requests: [answers[request.args[0]] for request in requests])
+    ctx = context(tmp_path / "run", code_config(), model_dir, data)
+    before = _children(os.getpid())
+    harness.build(ctx)
+    outcomes = [sample.score for sample in read_samples(ctx.out)]
+    assert dict(zip(bodies, outcomes[0::2], strict=True)) == dict.fromkeys(bodies, 0.0)
+    assert outcomes[1::2] == [1.0] * len(bodies)
+    assert read_result(ctx.out).value == 0.5
+    assert [path.name for path in folder.iterdir()] == ["victim"]
+    assert victim.read_text() == "precious"
+    assert _children(os.getpid()) == before
+    assert "secret-token" not in (ctx.out / "samples.jsonl").read_text()

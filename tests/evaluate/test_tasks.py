@@ -61,8 +61,16 @@ def test_an_unknown_kind_and_an_empty_file_are_refused(tmp_path):
 
 def test_subsets_by_subject_and_whole_files_without_one():
     assert select_subset(ROWS, "high_school_physics") == ROWS[:1]
-    assert select_subset(ROWS, "main") == ROWS
     assert select_subset(ROWS, None) == ROWS
+    plain = [{"question": "a"}, {"question": "b"}]
+    assert select_subset(plain, "main", ["main", "socratic"]) == plain
+    assert select_subset([{"type": "open"}], "main", ["main", "socratic"]) == [{"type": "open"}], "a column about something else"
+
+
+def test_a_file_that_lacks_a_subset_is_refused():
+    """It is never asked with another subset's rows."""
+    with pytest.raises(EvaluationError, match=r"no row of virology in its column subject \(2 of 3 subsets are there\)"):
+        select_subset(ROWS, "virology", ["anatomy", "high_school_physics", "virology"])
 
 
 _LINE = st.text(alphabet=string.ascii_letters + " .,;:()", min_size=1, max_size=30).map(str.strip).filter(bool)

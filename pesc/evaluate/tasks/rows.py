@@ -9,7 +9,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +21,46 @@ if TYPE_CHECKING:
 SUBSET_COLUMNS = ("subject", "subset", "category", "type")
 
 
-def load_rows(*, files: Mapping[str, str], subset: str | None = None, **_metadata: Any) -> DatasetDict:
+def load_rows(*, files: Mapping[str, str], subset: str | None = None, siblings: Sequence[str] = (), **_metadata: Any) -> DatasetDict:
     """The splits of one task.
 
     files: split -> path.  subset: the stock task's data set name; kept are the rows that carry it in a column named subject, subset,
-    category or type (spaces, hyphens and underscores count as equal), and all rows of a file that has no such value.
-    Raises EvaluationError for a file that cannot be read or has no rows.
+    category or type (spaces, hyphens and underscores count as equal), and all rows of a file that tells no subsets apart.
+    siblings: the data set names of the whole benchmark; a column with one of them does tell subsets apart.
+    Raises EvaluationError for a file that cannot be read or has no rows, or none of this subset.
     """
     from datasets import Dataset, DatasetDict
 
     splits = {}
     for split, path in files.items():
-        rows = select_subset(read_rows(Path(path)), subset)
+        rows = select_subset(read_rows(Path(path)), subset, siblings, f"{Path(path).name} ({split})")
         if not rows:
             raise EvaluationError(f"Benchmark file {Path(path).name} ({split}) has no rows; check evaluate.benchmarks.*.files.")
         splits[split] = Dataset.from_list(rows)
     return DatasetDict(splits)
 
 
-def select_subset(rows: list[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
-    """Rows of one subset, by the first column that knows the subset."""
+def select_subset(
+    rows: list[dict[str, Any]], subset: str | None, siblings: Sequence[str] = (), file: str = "the file"
+) -> list[dict[str, Any]]:
+    """Rows of one subset, by the first column that knows the subset; all of them where no column knows it or one of its siblings.
+
+    Raises EvaluationError when a column tells the subsets apart and has no row of this one.
+    """
     if subset is None:
         return rows
-    wanted = _plain(subset)
+    wanted, known = _plain(subset), {_plain(name) for name in siblings}
     for column in SUBSET_COLUMNS:
-        chosen = [row for row in rows if _plain(row.get(column)) == wanted]
+        chosen = [row for row in rows if column in row and _plain(row[column]) == wanted]
         if chosen:
             return chosen
+    for column in SUBSET_COLUMNS:
+        there = {_plain(row[column]) for row in rows if column in row}
+        if there & known:
+            raise EvaluationError(
+                f"Benchmark file {file} has no row of {subset} in its column {column} ({len(there & known)} of {len(known)} subsets are "
+                "there); give the whole file, or name the tasks that it has."
+            )
     return rows
 
 
