@@ -22,7 +22,7 @@ from pesc.launch.isolated import build_isolated
 from pesc.pipeline import stage_named
 from tests.evaluate.builders import choice_config, code_config, context
 config = {"scored": choice_config, "generated": code_config}[sys.argv[1]]()
-build_isolated(stage_named("evaluate"), context(Path(sys.argv[2]), config, Path(sys.argv[3]), Path(sys.argv[4])))
+build_isolated(stage_named("evaluate"), context(Path(sys.argv[2]), config, Path(sys.argv[3]), Path(sys.argv[4]), batch_size=16))
 """
 
 
@@ -31,7 +31,7 @@ build_isolated(stage_named("evaluate"), context(Path(sys.argv[2]), config, Path(
 def test_after_a_kill_only_the_rest_is_asked(tmp_path, model_dir, data_dir, kind, victim, monkeypatch):
     config = {"scored": choice_config, "generated": code_config}[kind]()
     data = _many_rows(tmp_path / "data", data_dir)
-    whole = context(tmp_path / "whole", config, model_dir, data)
+    whole = context(tmp_path / "whole", config, model_dir, data, batch_size=16)
     harness.build(whole)
     total = _lines(whole.work)
     assert total == 4, "chunks"
@@ -43,7 +43,7 @@ def test_after_a_kill_only_the_rest_is_asked(tmp_path, model_dir, data_dir, kind
     (root / "out").rmdir()
     asked = []
     monkeypatch.setattr(Journal, "put", lambda self, key, answers, put=Journal.put: (asked.append(key), put(self, key, answers))[1])
-    again = context(root, config, model_dir, data)
+    again = context(root, config, model_dir, data, batch_size=16)
     harness.build(again)
     assert len(asked) == total - done
     for name in ("results.json", "samples.jsonl"):
