@@ -141,16 +141,18 @@ def benchmark_markdown(address: str, recipe: str, points: Sequence[Point]) -> st
 
 def history_rows(history: History) -> list[dict[str, Any]]:
     """A row a point, newest run first: plain values."""
-    rows = [
+    newest = sorted(
+        ((point.time, address, point) for address, points in history.items() for point in points[-ROWS_SHOWN:]),
+        key=lambda entry: entry[0], reverse=True,
+    )  # fmt: skip
+    return [
         {
-            "run": point.time.isoformat(timespec="seconds"), "benchmark": address, "value": round(point.value, 4), "low": round(point.low, 4),
+            "run": time.isoformat(timespec="seconds"), "benchmark": address, "value": round(point.value, 4), "low": round(point.low, 4),
             "high": round(point.high, 4), "items": point.num_items, "object": point.digest[:12], "commit": point.commit[:12],
             "changed": "; ".join(point.changed),
         }
-        for address, points in history.items()
-        for point in points[-ROWS_SHOWN:]
+        for time, address, point in newest
     ]  # fmt: skip
-    return sorted(rows, key=lambda row: row["run"], reverse=True)
 
 
 def _table(arm: str, points: Sequence[Point]) -> str:
