@@ -38,7 +38,7 @@ def test_a_run_ends_with_a_line_an_action_the_table_and_the_report(recipe_file, 
     page = Path(out.rpartition("Report: ")[2].strip())
     assert page.read_text() == "<p>quiz</p>"
     code, out, _ = call(monkeypatch, capsys, recipe_file, "--store", str(store.root), "--refresh", "report", "--until", "report")
-    assert "1 built, 12 cached." in out
+    assert "1 built, 13 cached." in out
 
 
 @pytest.mark.usefixtures("prefect_server")
