@@ -54,6 +54,8 @@ class Stage:
     isolated: bool = False
     """Runs in a process of its own, so that the caller never imports torch or touches CUDA."""
     summary: str = ""
+    preflight: str = ""
+    """Function `recipe -> faults` that is asked before a training on which this stage waits: what would stop it then is told now."""
     keeps: tuple[str, ...] = ()
     """Files and folders of its workspace, beside the log, that go beside the manifest."""
 
@@ -202,6 +204,7 @@ STAGES: tuple[Stage, ...] = (
         wants_gpu=True,
         isolated=True,
         summary="one benchmark of one arm with lm-eval",
+        preflight="pesc.evaluate.preflight:check",
     ),
     Stage(
         "routing",

@@ -282,6 +282,7 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
         raise RecipeError(_blocked_sentence(recipe, blocked))
     if any(action.node.stage.name == "report" and action.status == "RUN" for action in plan):
         _check_figures(recipe)
+    _ask_preflights(recipe, plan)
     graph = build_graph(recipe)
     refs: dict[str, ArtifactRef] = {}
     holes: set[str] = set()
@@ -334,6 +335,23 @@ def _check_figures(recipe: Recipe) -> None:
     for benchmark in recipe.evaluate.benchmarks.values():
         if benchmark.baseline:
             figures.require_row(benchmark.baseline)
+
+
+def _ask_preflights(recipe: Recipe, plan: Sequence[PlannedAction]) -> None:
+    """What would stop a stage after days of training is told before those begin.  Raises RecipeError with every fault.
+
+    It takes some seconds, so it is asked only where a training comes first.
+    """
+    running = {action.node.stage.name: action.node.stage for action in plan if action.status == "RUN"}
+    if "train" not in running:
+        return
+    faults: list[str] = []
+    for stage in running.values():
+        if stage.preflight:
+            module, _, function = stage.preflight.partition(":")
+            faults += getattr(importlib.import_module(module), function)(recipe)
+    if faults:
+        raise RecipeError("\n".join(faults))
 
 
 def _blocked_sentence(recipe: Recipe, blocked: list[PlannedAction]) -> str:

@@ -41,7 +41,7 @@ def install(monkeypatch) -> None:
     CALLS.clear()
     FAIL_AT.clear()
     for name, stage in list(pipeline._BY_NAME.items()):
-        monkeypatch.setitem(pipeline._BY_NAME, name, replace(stage, builder="tests.fake_stages:build", isolated=False))
+        monkeypatch.setitem(pipeline._BY_NAME, name, replace(stage, builder="tests.fake_stages:build", isolated=False, preflight=""))
 
 
 def tiny_recipe_dict(folder: Path) -> dict:

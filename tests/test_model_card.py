@@ -51,7 +51,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("PESC_TEST_MODEL", str(tmp_path / "model"))
     for name in ("tokenize", "upcycle", "train", "merge", "evaluate", "routing", "report"):
         builder = "build_report" if name == "report" else "build_model"
-        stage = replace(pipeline._BY_NAME[name], builder=f"tests.test_model_card:{builder}", isolated=False)
+        stage = replace(pipeline._BY_NAME[name], builder=f"tests.test_model_card:{builder}", isolated=False, preflight="")
         monkeypatch.setitem(pipeline._BY_NAME, name, stage)
     changes = small_recipe(tmp_path / "sources", QUESTIONS, arms={"pesc": {"method": "pesc"}}, tokenize={"chat_template": "pesc"})
     changes |= {"description": "A small one", "upcycle": {"num_experts": 4, "adapter_dim": 8}, "train": {"learning_rate": 3e-4}}

@@ -1,9 +1,11 @@
 """Run, plan, rerun: what is built, what is kept, and why."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from pesc import pipeline
 from pesc.errors import DataError, EvaluationError, HolesError, RecipeError, StoreError, disk_sentence
 from pesc.plan import Selection, make_plan
 from pesc.run import adopt, make_job, run_recipe
@@ -12,6 +14,21 @@ from pesc.store.maintenance import fsck
 
 def statuses(plan):
     return {action.address: action.status for action in plan}
+
+
+def faults_of(recipe):
+    """Stands for a preflight; called by name."""
+    return [f"evaluate.benchmarks.{name}: no such task" for name in recipe.evaluate.benchmarks]
+
+
+def test_what_would_stop_a_benchmark_is_told_before_the_training_and_only_then(store, fakes, tiny_recipe, monkeypatch):
+    stage = replace(pipeline._BY_NAME["evaluate"], preflight="tests.test_run:faults_of")
+    monkeypatch.setitem(pipeline._BY_NAME, "evaluate", stage)
+    with pytest.raises(RecipeError, match=r"evaluate\.benchmarks\.\w+: no such task"):
+        run_recipe(tiny_recipe(), store)
+    assert fakes.CALLS == []
+    run_recipe(tiny_recipe(), store, Selection(until=("train",)))  # no benchmark is in it
+    run_recipe(tiny_recipe(), store)  # no training comes first: the benchmark itself tells
 
 
 def test_a_second_run_builds_nothing(fakes, store, tiny_recipe):

@@ -29,9 +29,10 @@ def load_model(directory: Path, name: str, dtype: str, device: str = "auto") -> 
     transformers_logging.disable_progress_bar()
     where = _choose_device(device)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, device_map=_device_map(directory, where), output_loading_info=True
         )
+        model, info = loaded
     except torch.OutOfMemoryError:
         raise ModelError(f"{name} does not fit the GPU: use a larger one, or --device cpu.") from None
     except _ERRORS as error:

@@ -46,7 +46,7 @@ def build(ctx: StageContext) -> BuildResult:
 def main() -> int:
     """Install the builder and do the job."""
     for name, stage in list(pipeline._BY_NAME.items()):
-        pipeline._BY_NAME[name] = replace(stage, builder="tests.launch.fake_job:build", isolated=False)
+        pipeline._BY_NAME[name] = replace(stage, builder="tests.launch.fake_job:build", isolated=False, preflight="")
     return one_job.main(*(Path(argument) for argument in sys.argv[1:4]))
 
 
