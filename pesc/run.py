@@ -32,7 +32,7 @@ from pesc.errors import CancelledError, HolesError, PescError, RecipeError, Stor
 from pesc.launch.energy import EnergyMeter
 from pesc.launch.pool import worker_pool
 from pesc.pipeline import Node, Stage, build_graph, stage_named
-from pesc.plan import PlannedAction, Selection, key_of, make_plan, reason_to_run
+from pesc.plan import Plan, PlannedAction, Selection, key_of, make_plan, reason_to_run
 from pesc.recipe import Recipe
 from pesc.stage import BuildResult, Execution, MapShards, Progress, StageContext
 from pesc.store import ArtifactRef, Manifest, Store
@@ -337,7 +337,7 @@ def _check_figures(recipe: Recipe) -> None:
             figures.require_row(benchmark.baseline)
 
 
-def _ask_preflights(recipe: Recipe, plan: Sequence[PlannedAction]) -> None:
+def _ask_preflights(recipe: Recipe, plan: Plan) -> None:
     """What would stop a stage after days of training is told before those begin.  Raises RecipeError with every fault.
 
     It takes some seconds, so it is asked only where a training comes first.
