@@ -60,6 +60,7 @@ def test_arms_without_a_chat_template(tmp_path):
     assert _ask(chat, arms, base=str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_the_check_runs_in_a_child_that_keeps_this_process_clean(tiny_recipe):
     recipe = tiny_recipe(evaluate={"benchmarks": {"x": {**OWN, "source": None, "files": {}}}})
     before = set(sys.modules)

@@ -272,6 +272,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 def test_attacks_inside_a_benchmark_run_score_nothing_and_the_run_goes_on(tmp_path, model_dir, monkeypatch):
     """The whole stage, with hostile answers and honest ones in the model's mouth, one after the other."""
     from pesc.evaluate import harness

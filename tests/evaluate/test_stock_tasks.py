@@ -94,3 +94,16 @@ def test_examples_never_come_from_the_questions(tmp_path, shared_data):
     config = BenchmarkConfig(task="gsm8k", metric="exact_match", source="x", files={"test": "gsm8k_test.jsonl"})
     with pytest.raises(EvaluationError, match="no examples for 5-shot prompts"):
         load_tasks(config, shared_data / "data/benchmarks", tmp_path)
+
+
+@pytest.mark.parametrize("task", ["mmlu", "mmlu_virology"])
+def test_a_file_with_some_subjects_is_not_asked_as_all(tmp_path, task):
+    """Three of 57 subjects: neither the group nor the one subject that is missing gets another subject's rows."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("test", "dev"):
+        rows = [_mmlu_row(subject, split, n) for subject in ("anatomy", "astronomy", "philosophy") for n in range(5)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = BenchmarkConfig(task=task, metric="acc", num_fewshot=5, source="x", files={"test": "test.jsonl", "dev": "dev.jsonl"})
+    with pytest.raises(EvaluationError, match=r"has no row of \w+ in its column subject \(3 of 57 subsets are there\)"):
+        load_tasks(config, data, tmp_path / "tasks")

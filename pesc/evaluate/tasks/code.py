@@ -63,8 +63,11 @@ def humaneval_instruct_program(answer: str, doc: Document) -> str:
 
 
 def mbpp_program(answer: str, doc: Document) -> str:
-    """The answer and its three assertions (as lm-eval's mbpp)."""
-    return "\n".join([answer, *doc["test_list"][:3]]) + "\n"
+    """The answer, what the problem's tests need beside it, and its three assertions.
+
+    lm-eval's mbpp leaves `test_setup_code` out; without it the reference solution of problem 367 does not pass.
+    """
+    return "\n".join([answer, doc.get("test_setup_code") or "", *doc["test_list"][:3]]) + "\n"
 
 
 def _run(build: Callable[[str, Document], str], responses: Sequence[Sequence[str]], docs: Sequence[Document]) -> list[list[dict[str, str]]]:
