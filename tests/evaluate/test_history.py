@@ -30,7 +30,9 @@ def build_evaluation(ctx: StageContext) -> BuildResult:
 def score(tiny_recipe, fakes, store, monkeypatch):
     """Runs the recipe up to its benchmarks with a given score of the arm pesc's and qlora's quiz."""
     original = next(stage for stage in pipeline.STAGES if stage.name == "evaluate")
-    monkeypatch.setitem(pipeline._BY_NAME, "evaluate", replace(original, builder=f"{__name__}:build_evaluation", isolated=False))
+    monkeypatch.setitem(
+        pipeline._BY_NAME, "evaluate", replace(original, builder=f"{__name__}:build_evaluation", isolated=False, preflight="")
+    )
 
     def run(seed: int):
         return run_recipe(tiny_recipe(evaluate={"benchmarks": {"quiz": {"seed": seed}}}), store, Selection(until=("evaluate",)))

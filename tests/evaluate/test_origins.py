@@ -55,7 +55,7 @@ def recipe(tiny_recipe, fakes, monkeypatch):
     DIES.clear()
     original = {stage.name: stage for stage in pipeline.STAGES}
     for name, builder in (("evaluate", build_evaluation), ("train", build_training)):
-        stage = replace(original[name], builder=f"{__name__}:{builder.__name__}", isolated=False)
+        stage = replace(original[name], builder=f"{__name__}:{builder.__name__}", isolated=False, preflight="")
         monkeypatch.setitem(pipeline._BY_NAME, name, stage)
     monkeypatch.setitem(pipeline._BY_NAME, "report", original["report"])
     benchmarks = {"quiz": {"task": "arc_easy", "metric": "acc"}, "exam": {"task": "arc_challenge", "metric": "acc"}}

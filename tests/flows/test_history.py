@@ -30,7 +30,7 @@ def latest(key: str) -> str:
 
 def test_two_runs_give_two_versions_of_each_benchmark_and_a_line_through_both(recipe_file, store, monkeypatch):
     original = next(stage for stage in table.STAGES if stage.name == "evaluate")
-    fake = replace(original, builder="tests.evaluate.test_history:build_evaluation", isolated=False)
+    fake = replace(original, builder="tests.evaluate.test_history:build_evaluation", isolated=False, preflight="")
     monkeypatch.setitem(table._BY_NAME, "evaluate", fake)
     key = "benchmark-pesc-quiz-tiny"
     for seed in (40, 55):
