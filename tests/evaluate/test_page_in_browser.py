@@ -60,7 +60,7 @@ def look(page: Path, folder: Path, width: int) -> dict:
 @pytest.mark.parametrize("width", [1100, 520])
 def test_every_plot_is_there_and_nothing_is_broken(page, tmp_path, width):
     seen = look(page, tmp_path, width)
-    assert len(seen["svgs"]) == seen["figures"] == 7
+    assert len(seen["svgs"]) == seen["figures"] == 8
     assert all(wide > 300 and high > 60 for wide, high in seen["svgs"]), seen["svgs"]
     assert all(count > 10 for count in seen["drawn"]), seen["drawn"]
     assert seen["dead"] == []
