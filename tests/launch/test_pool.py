@@ -181,7 +181,7 @@ def test_pesc_run_refuses_a_cluster_before_it_builds_and_hits_need_none(fakes, s
     assert fakes.CALLS == []
     built = run_recipe(tiny_recipe(), store)
     assert {outcome.how for outcome in run_recipe(elsewhere, store).values()} == {"hit"}  # the execution block is in no key
-    assert len(built) == 13
+    assert len(built) == 14
 
 
 def test_an_address_without_a_task_runner_is_an_error():
