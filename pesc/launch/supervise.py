@@ -183,13 +183,28 @@ def stop(process: subprocess.Popen[bytes], output: Output, grace_seconds: float)
     kill_group(process.pid, signal.SIGTERM)
     end = time.monotonic() + grace_seconds
     try:
-        while process.poll() is None and time.monotonic() < end:
+        while not _reap(process, os.WNOHANG) and time.monotonic() < end:
             if not output.pump(0.1):
                 time.sleep(0.1)
     finally:  # a second Ctrl-C ends the wait, not the cleaning
         kill_group(process.pid, signal.SIGKILL)
-        process.wait()
+        _reap(process, 0)
         output.drain(0.5)
+
+
+def _reap(process: subprocess.Popen[bytes], options: int) -> bool:
+    """Whether the child has ended, as `Popen.poll` and `wait` find it, but without their lock.
+
+    What a signal handler raises inside `poll` may leave that lock taken, and then nobody would ever return from `wait`.
+    """
+    if process.returncode is None:
+        try:
+            pid, status = os.waitpid(process.pid, options)
+        except ChildProcessError:  # that `poll` had it already
+            pid, status = process.pid, signal.SIGKILL
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode is not None
 
 
 def kill_group(group: int, number: int) -> None:

@@ -207,3 +207,16 @@ def test_the_watcher_of_other_systems_ends_the_command_with_its_parent(tmp_path)
     parent.kill()
     parent.wait()
     wait_for(lambda: not alive(pid), what="the end of the watched command")
+
+
+def test_a_stop_does_not_wait_for_a_lock_that_an_interrupted_poll_has_left(tmp_path):
+    """A signal handler that raises inside `Popen.poll` leaves its lock taken; the same is done here by hand."""
+    process = supervise.start([sys.executable, "-c", "import time; time.sleep(600)"])
+    with (tmp_path / "log").open("a") as log:
+        output = supervise.Output(process, log, lambda _: None)
+        assert process._waitpid_lock.acquire(blocking=False)
+        started = time.monotonic()
+        supervise.stop(process, output, 20)
+        output.close()
+    assert time.monotonic() - started < 15
+    assert process.returncode is not None
