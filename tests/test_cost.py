@@ -73,7 +73,7 @@ def test_a_stage_that_wants_a_gpu_records_its_energy(fakes, store, tiny_recipe, 
     outcomes = run_recipe(tiny_recipe(), store)
     manifests = {address: store.manifest(outcome.ref.stage, outcome.ref.fingerprint) for address, outcome in outcomes.items()}
     assert {address for address, manifest in manifests.items() if manifest.energy} == {
-        address for address in outcomes if address.startswith(("train", "merge", "evaluate"))
+        address for address in outcomes if address.startswith(("train", "merge", "evaluate", "routing"))
     }
     assert manifests["train[pesc]"].energy == {"joules": 6.0, "gpus": 2, "source": "NVML"}
     assert cost_of(manifests["train[pesc]"]).kilowatt_hours == pytest.approx(6 / 3.6e6)
@@ -98,7 +98,7 @@ def test_costs_add_up_and_guess_nothing(fakes, store, tiny_recipe):
     assert rows[0] == ["train[pesc]", "2.0 h", "8 × NVIDIA H100 80GB HBM3", "16.00", "32.00 – 56.00", "10.000"]
     assert rows[1][-2:] == ["–", "not measured"]
     assert rows[2] == ["together", "4.0 h", "", "18.00", "32.00 – 56.00", "10.000"]
-    assert len(costs_of(plan)) == 13
+    assert len(costs_of(plan)) == 14
 
 
 @pytest.mark.parametrize(
