@@ -274,8 +274,8 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
     """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
 
     What comes together may be built at the same time: benchmarks that follow one another. The caller runs each step's job and calls
-    `step.finish` (or `step.fail`) before it asks for the next. Raises RecipeError, before anything is
-    built, when an action is BLOCKED or the report names figures that do not exist. With `hits_as_jobs` HITs come with a job too, for callers that show them.
+    `step.finish` (or `step.fail`) before it asks for the next. With `hits_as_jobs` HITs come with a job too, for callers that show them.
+    Raises RecipeError or EvaluationError before anything is built: an action that is BLOCKED, figures that do not exist, a preflight's faults.
     """
     plan = make_plan(recipe, store, selection)
     if blocked := [action for action in plan if action.status == "BLOCKED"]:

@@ -27,11 +27,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pesc.errors import PescError
 from pesc.models.config import UpcycleConfig
 
+Input = TypeVar("Input")
+Result = TypeVar("Result")
 MAX_RATIO = 1.5
 """Most that a conversion may take of the time of a plain write."""
 MAX_MEMORY_SPREAD = 1.1
@@ -92,19 +94,38 @@ def measure(
     shapes: Sequence[Shape], directory: Path | None, repeats: int, progress: Callable[..., None] = lambda *_args, **_kwargs: None
 ) -> list[Row]:
     """Measure every shape in a new directory below `directory`, which is removed afterwards.  Raises PescError when a conversion fails."""
+
+    def make(place: Path, shape: Shape) -> Path:
+        make_dense(place / "dense", shape)
+        return place / "dense"
+
+    return measure_each(shapes, directory, repeats, progress, make, _run_once, _summarise)
+
+
+def measure_each(
+    shapes: Sequence[Shape],
+    directory: Path | None,
+    repeats: int,
+    progress: Callable[..., None],
+    make: Callable[[Path, Shape], Input],
+    run: Callable[[Input, Path, Shape], dict[str, float]],
+    summarise: Callable[[Shape, Input, Sequence[dict[str, float]]], Result],
+) -> list[Result]:
+    """One shape after the other: `make` its input, `run` it `repeats` times, `summarise` the runs, remove it.
+
+    Raises PescError for a directory that is not there.
+    """
     if directory is not None and not directory.is_dir():
         raise PescError(f"{directory} is not a directory: give one on the disk to measure with --dir.")
     rows = []
     with tempfile.TemporaryDirectory(prefix="pesc-bench-", dir=directory) as place:
         for number, shape in enumerate(shapes):
-            dense = Path(place, "dense", shape.name)
-            make_dense(dense, shape)
-            runs = []
+            made, runs = make(Path(place, shape.name), shape), []
             for repeat in range(repeats):
                 progress(number * repeats + repeat, len(shapes) * repeats, unit="runs", message=shape.name)
-                runs.append(_run_once(dense, Path(place), shape))
-            rows.append(_summarise(shape, dense, runs))
-            shutil.rmtree(dense)
+                runs.append(run(made, Path(place), shape))
+            rows.append(summarise(shape, made, runs))
+            shutil.rmtree(Path(place, shape.name))
     return rows
 
 

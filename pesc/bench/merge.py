@@ -19,14 +19,13 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pesc.bench.convert import Shape, make_dense, peak_bytes
+from pesc.bench.convert import Shape, make_dense, measure_each, peak_bytes
 from pesc.errors import PescError
 from pesc.models.config import MergeConfig, UpcycleConfig
 
@@ -55,19 +54,7 @@ def measure(
     shapes: Sequence[Shape], directory: Path | None, repeats: int, progress: Callable[..., None] = lambda *_args, **_kwargs: None
 ) -> list[Row]:
     """Measure every shape in a new directory below `directory`, which is removed afterwards.  Raises PescError when a merge fails."""
-    if directory is not None and not directory.is_dir():
-        raise PescError(f"{directory} is not a directory: give one on the disk to measure with --dir.")
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="pesc-bench-", dir=directory) as place:
-        for number, shape in enumerate(shapes):
-            model, trained = make_trained(Path(place, shape.name), shape)
-            runs = []
-            for repeat in range(repeats):
-                progress(number * repeats + repeat, len(shapes) * repeats, unit="runs", message=shape.name)
-                runs.append(_run_once(model, trained, Path(place), shape))
-            rows.append(_summarise(shape, runs))
-            shutil.rmtree(Path(place, shape.name))
-    return rows
+    return measure_each(shapes, directory, repeats, progress, make_trained, _run_once, _summarise)
 
 
 def make_trained(place: Path, shape: Shape) -> tuple[Path, Path]:
@@ -125,11 +112,11 @@ def _group(name: str, specs: dict[str, Any]) -> dict[str, Any]:
     return {"group": name, "tensors": len(specs), "parameters": sum(spec.num_elements for spec in specs.values())}
 
 
-def _run_once(model: Path, trained: Path, place: Path, shape: Shape) -> dict[str, float]:
+def _run_once(made: tuple[Path, Path], place: Path, shape: Shape) -> dict[str, float]:
     """One merge in a process of its own, then a plain copy of what it wrote."""
     out = place / "merged"
     out.mkdir()
-    command = [sys.executable, "-m", "pesc.bench.merge", str(model), str(trained), str(out)]
+    command = [sys.executable, "-m", "pesc.bench.merge", *map(str, (*made, out))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     if done.returncode:
         raise PescError(f"The merge of the {shape.name} shape failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -154,7 +141,7 @@ def plain_copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _summarise(shape: Shape, runs: Sequence[dict[str, float]]) -> Row:
+def _summarise(shape: Shape, _made: tuple[Path, Path], runs: Sequence[dict[str, float]]) -> Row:
     return Row(
         shape.name,
         int(runs[0]["merged_bytes"]),

@@ -144,8 +144,9 @@ def _require_chat_template(config: BenchmarkConfig, model: Path) -> None:
 def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), share: tuple[int, int] = (0, 1)) -> JournaledLM:
     """The model with its journal.  others: journals that are only read.  share: see `JournaledLM`."""
     from pesc.evaluate.journal import Journal
-    from pesc.evaluate.language_model import choose_device, load_language_model
+    from pesc.evaluate.language_model import load_language_model
     from pesc.models import register
+    from pesc.models.placement import choose_device
 
     register()
     names = {"loglikelihood": "scored", "loglikelihood_rolling": "scored", "generate_until": "generated"}

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from pesc.errors import EvaluationError
 from pesc.evaluate.journal import CONTEXTS, Answer, Journal, chunk_by_context
+from pesc.models.placement import exceeds_one_gpu
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -167,28 +168,15 @@ def _not_finite(request: Instance, dtype: str) -> str:
     return f"The model's logits are not finite numbers ({where}, dtype {dtype}), so it has no score; {advice}."
 
 
-def _weight_bytes(model: Path) -> int:
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
-
-
-def choose_device(wanted: str) -> str:
-    """`cuda` or `cpu`.  Raises EvaluationError when a GPU is asked for and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EvaluationError("execution.device is cuda, but torch sees no GPU on this machine; use execution.device=cpu or a GPU worker.")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def load_language_model(
     model: Path, *, device: str, dtype: str, batch_size: int | Literal["auto"], journal: Journal, on_progress: Callable[[int, int, str], None],
     share: tuple[int, int] = (0, 1),
 ) -> JournaledLM:  # fmt: skip
     """The model directory behind lm-eval's interface.  Raises EvaluationError when it cannot be loaded.
 
-    device: cpu, cuda or cuda:N.  A model whose weights fill more than 80 % of one GPU is spread over all visible ones.
+    device: cpu, cuda or cuda:N.  A model that one GPU is too small for is spread over all visible ones.
     """
-    spread = False
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        spread = _weight_bytes(model) > 0.8 * torch.cuda.get_device_properties(0).total_memory
+    spread = exceeds_one_gpu(model, device)
     try:
         return JournaledLM(
             backend="causal",

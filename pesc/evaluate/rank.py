@@ -65,7 +65,7 @@ def answer_in_processes(ctx: StageContext) -> None:
 def _require_devices(execution: Execution, count: int) -> None:
     import torch
 
-    from pesc.evaluate.language_model import choose_device
+    from pesc.models.placement import choose_device
 
     if choose_device(execution.device) == "cuda" and count > torch.cuda.device_count():
         raise RecipeError(

@@ -20,19 +20,12 @@ import typer
 
 from pesc.errors import CancelledError, DataError, ModelError
 from pesc.generate.settings import LoadOptions, Sampling
+from pesc.models.placement import Device
 from pesc.settings import store_root
 
 if TYPE_CHECKING:
     from pesc.generate.prompts import Message, PromptRow
     from pesc.generate.speaker import Reply, Speaker
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class DType(StrEnum):

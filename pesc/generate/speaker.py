@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from pesc.generate.prompts import Message
 from pesc.generate.settings import LoadOptions, Sampling
 from pesc.generate.streaming import PieceStreamer, Stop
 from pesc.model_argument import ModelPlace
+from pesc.models.placement import choose_device, device_map
 
 DEFAULT_NEW_TOKENS = 512
 """Tokens of a reply where neither an option nor the model's generation config says how many."""
-_FULL = 0.8
-"""Share of one GPU above which weights are spread over all visible ones."""
 _LOST = (".adapters.", ".router.", ".experts.", ".moe_")
 """Parts of names of tensors without which a model is another one."""
 
@@ -138,7 +136,7 @@ def load_speaker(place: ModelPlace, options: LoadOptions) -> Speaker:
     pesc.models.register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
     code = {"trust_remote_code": options.trust_remote_code}
     _check_trust(place, options)
     tokenizer = _load(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(place.directory, **code))
@@ -150,12 +148,6 @@ def load_speaker(place: ModelPlace, options: LoadOptions) -> Speaker:
     _check_loaded(place, info)
     _check_vocabulary(place, tokenizer, model)
     return Speaker(model.eval(), tokenizer, place, _stops(model.generation_config.eos_token_id, tokenizer.eos_token_id))
-
-
-def _choose_device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device is cuda, but torch sees no GPU on this machine: use --device cpu.")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _check_trust(place: ModelPlace, options: LoadOptions) -> None:
@@ -171,7 +163,7 @@ def _check_trust(place: ModelPlace, options: LoadOptions) -> None:
 def _how(place: ModelPlace, options: LoadOptions, device: str) -> dict[str, Any]:
     """Arguments of from_pretrained: type, device, 4 bit."""
     dtype = ("auto" if device == "cuda" else "float32") if options.dtype == "auto" else options.dtype
-    how: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(place.directory, device)}
+    how: dict[str, Any] = {"dtype": dtype, "device_map": device_map(place.directory, device)}
     if not options.four_bit:
         return how
     if "quantization_config" in place.fields:
@@ -180,14 +172,6 @@ def _how(place: ModelPlace, options: LoadOptions, device: str) -> dict[str, Any]
 
     compute = "bfloat16" if dtype == "auto" else dtype
     return how | {"dtype": compute, "quantization_config": quantization_config(compute)}
-
-
-def _device_map(directory: Path, device: str) -> Any:
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        if weights > _FULL * torch.cuda.get_device_properties(0).total_memory:
-            return "auto"
-    return {"": device}
 
 
 def _load(place: ModelPlace, what: str, load: Callable[[], Any]) -> Any:

@@ -4,10 +4,18 @@
     pesc.models.register()
     model = AutoModelForCausalLM.from_pretrained(sparse_directory)
 
-Map: factory (the sparse twin of any transformers decoder that has an `mlp` in its layers, registered with the Auto classes), upcycle (dense
-directory -> sparse directory), merge (LoRA folded into the weights, with ledger and proof), published and training_checkpoint (other
-people's PESC checkpoints, read), export_published (written), export (a directory that loads without this package), commands (the command line
-of all these), new_directory (whole or not at all), tensor_files and pickle_files (read and written piece by piece), config (the stages' settings).
+Map
+    factory.py, mixtral.py         the sparse twin of any transformers decoder that has an `mlp` in its layers; whole experts
+    upcycle.py                     dense directory -> sparse directory        placement.py   the device, and whether one GPU holds a model
+    published.py, training_checkpoint.py, export_published.py                 other people's PESC checkpoints, read and written
+    export.py                      a directory that loads without this package
+    merge.py                       the merge stage: what is merged, and what is refused          lora.py   an adapter, checked
+    merge_write.py, merge_tensor.py, merge_nf4.py                             its files, tensor by tensor, and in 4 bit
+    merge_whole.py                 the same for a model that was trained in full
+    proof.py, nf4_proof.py, trained_reference.py, streamed.py                 merged against unmerged, a module in memory at a time
+    nf4.py, nf4_files.py           4-bit weights, computed and stored         identity.py    what a model is, in one digest
+    tensor_files.py, pickle_files.py, new_directory.py                        files read and written piece by piece; whole or not at all
+    commands.py                    upcycle, import, export                    config.py      the stages' settings
 
 Promises
 - A sparse model is the dense model's own class with a wider MLP: dense weights keep their names, and any dense checkpoint loads.

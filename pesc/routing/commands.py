@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pesc.errors import CancelledError, DataError, ModelError
+from pesc.models.placement import Device
 from pesc.routing.config import RoutingConfig
 from pesc.settings import store_root
 
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
     from pesc.routing.rows import Row
 
 _DEFAULTS = RoutingConfig()
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class DType(StrEnum):

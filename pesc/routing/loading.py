@@ -12,10 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 import pesc.models
 from pesc.errors import ModelError
+from pesc.models.placement import choose_device, device_map
 from pesc.moe.layer import set_dispatch
 
-_FULL = 0.8
-"""Share of one GPU above which weights are spread over all visible ones."""
 _ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
@@ -27,10 +26,10 @@ def load_model(directory: Path, name: str, dtype: str, device: str = "auto") -> 
     """
     pesc.models.register()
     transformers_logging.disable_progress_bar()
-    where = _choose_device(device)
+    where = choose_device(device)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=_device_map(directory, where), output_loading_info=True
+            directory, dtype=dtype, device_map=device_map(directory, where), output_loading_info=True
         )
         model, info = loaded
     except torch.OutOfMemoryError:
@@ -54,17 +53,3 @@ def load_tokenizer(directory: Path, name: str) -> Any:
         raise ModelError(
             f"The tokenizer of {name} cannot be loaded ({lines[0]}): put it into the model's directory, or give --blocks."
         ) from error
-
-
-def _choose_device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("The device is cuda, but torch sees no GPU on this machine: use --device cpu (in a recipe, execution.device=cpu).")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _device_map(directory: Path, device: str) -> Any:
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        if weights > _FULL * torch.cuda.get_device_properties(0).total_memory:
-            return "auto"
-    return {"": device}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pesc.errors import EvaluationError
+from pesc.errors import EvaluationError, ModelError
 from pesc.evaluate import harness
 from pesc.evaluate import journal as journal_module
 from pesc.evaluate.journal import Answer, Journal, chunk_by_context
@@ -196,7 +196,7 @@ def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path, model_dir, data_dir, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ctx = context(tmp_path, choice_config(), model_dir, data_dir)
     ctx = dataclasses.replace(ctx, execution=ctx.execution.model_copy(update={"device": "cuda"}))
-    with pytest.raises(EvaluationError, match="no GPU"):
+    with pytest.raises(ModelError, match="no GPU"):
         harness.build(ctx)
 
 

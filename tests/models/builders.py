@@ -15,6 +15,7 @@ import pesc.models
 from pesc.models.config import UpcycleConfig
 from pesc.models.factory import architecture, sparse_config
 from pesc.models.identity import model_digest
+from pesc.models.tensor_files import TensorDirectory
 from pesc.models.upcycle import upcycle_directory
 from pesc.moe.balance import RouterRecorder
 from pesc.moe.config import PescConfig
@@ -203,3 +204,16 @@ def save_published(directory: Path, model_type: str, name_of_expert: str, publis
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "modeling_x.py").write_text("raise SystemExit")
     return model
+
+
+def rewrite_weights(out, change):
+    """Rewrite every tensor of a written model that `change(tensors)` gives another value, into one file."""
+    tensors = {name: TensorDirectory(out).read(name) for name in TensorDirectory(out).files}
+    change(tensors)
+    for path in out.glob("*.safetensors*"):
+        path.unlink()
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+
+
+def without(pairs, name):
+    return {weight: keys for weight, keys in pairs.items() if weight != name}

@@ -19,7 +19,7 @@ from pesc.models.merge import read_parts
 from pesc.models.merge_write import write_merged
 from pesc.models.proof import prove, read_prompts
 from pesc.models.tensor_files import TensorDirectory
-from tests.models.builders import save_blocks, save_dense, save_sparse, save_trained
+from tests.models.builders import rewrite_weights, save_blocks, save_dense, save_sparse, save_trained, without
 
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
 OTHER_SQUARE = "model.layers.1.self_attn.o_proj.weight"
@@ -50,15 +50,6 @@ def parts_of(world, training="light", **settings):
 
 def check(world, parts, out, config):
     return prove(parts, out, read_prompts(world / "blocks", 2), config)
-
-
-def edit(out, change):
-    """Rewrite every tensor of a written model that `change(name, tensors)` gives another value."""
-    tensors = {name: TensorDirectory(out).read(name) for name in TensorDirectory(out).files}
-    change(tensors)
-    for path in out.glob("*.safetensors*"):
-        path.unlink()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
 
 
 def swap_rows(tensor, one, other):
@@ -94,13 +85,9 @@ def test_a_spoilt_result_is_refused_by_name(world, tmp_path, case, dtype):
     parts, config = parts_of(world, dtype=dtype)
     write_merged(parts, tmp_path, config)
     check(world, parts, tmp_path, config)
-    edit(tmp_path, change)
+    rewrite_weights(tmp_path, change)
     with pytest.raises(ModelError, match=name):
         check(world, parts, tmp_path, config)
-
-
-def without(pairs, name):
-    return {weight: keys for weight, keys in pairs.items() if weight != name}
 
 
 def swapped(pairs, one, other):

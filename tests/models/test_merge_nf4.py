@@ -33,7 +33,7 @@ from pesc.models.proof import encode, prove, read_prompts
 from pesc.models.tensor_files import TensorDirectory
 from pesc.models.upcycle import count_directory, upcycle_directory
 from pesc.stage import StageContext
-from tests.models.builders import save_blocks, save_dense, save_sparse, save_trained
+from tests.models.builders import rewrite_weights, save_blocks, save_dense, save_sparse, save_trained, without
 
 pesc.models.register()
 
@@ -222,18 +222,6 @@ def check(world, parts, out, config):
     return prove(parts, out, read_prompts(world / "blocks", 2), config)
 
 
-def edit(out, change):
-    tensors = {name: TensorDirectory(out).read(name) for name in TensorDirectory(out).files}
-    change(tensors)
-    for path in out.glob("*.safetensors*"):
-        path.unlink()
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"})
-
-
-def without(pairs, name):
-    return {weight: keys for weight, keys in pairs.items() if weight != name}
-
-
 WRONG_FOLDS = {
     "one LoRA skipped": (lambda lora: {"pairs": without(lora.pairs, FFN.format(1))}, FFN.format(1)),
     "LoRA of two square projections swapped": (
@@ -301,7 +289,7 @@ def test_a_spoilt_result_is_refused_by_name(world, written, tmp_path, case):
     change, name = SPOILT[case]
     parts, config = parts_of(world)
     shutil.copytree(written, tmp_path / "out")
-    edit(tmp_path / "out", change)
+    rewrite_weights(tmp_path / "out", change)
     with pytest.raises(ModelError, match=name):
         check(world, parts, tmp_path / "out", config)
 
@@ -418,7 +406,7 @@ def test_remote_code_is_exported_as_it_is(world, tmp_path):
 
 def test_a_damaged_one_is_not_exported(world, tmp_path):
     shutil.copytree(world / "merged", tmp_path / "damaged")
-    edit(tmp_path / "damaged", lambda tensors: tensors.pop(f"{SQUARE}.quant_map"))
+    rewrite_weights(tmp_path / "damaged", lambda tensors: tensors.pop(f"{SQUARE}.quant_map"))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=rf"{SQUARE} in 4 bit, but .*quant_map"):
         export_remote_code(tmp_path / "damaged", tmp_path / "out")
