@@ -9,12 +9,13 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from pesc.build import Job, Outcome
 from pesc.data.card import DATA_STAGES
 from pesc.errors import PescError, RecipeError
 from pesc.pipeline import build_graph
 from pesc.plan import Plan, Selection, make_plan
 from pesc.recipe import Recipe
-from pesc.run import Holes, Job, Outcome, RunRecord, Step, resolve
+from pesc.run import Holes, RunRecord, Step, resolve
 from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job, run_jobs_at_once

@@ -16,11 +16,11 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.chain import open_store
 from flows.server import server_sentence, server_settings
+from pesc.build import Outcome
 from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption, Until
 from pesc.console import render_report
 from pesc.errors import HolesError, PescError
 from pesc.recipe import load_recipe
-from pesc.run import Outcome
 from pesc.store import Store
 from tasks.reporting import seconds_text
 

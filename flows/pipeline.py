@@ -13,9 +13,9 @@ from prefect import flow
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
 from flows.parameters import RecipeSettings, as_overrides
+from pesc.build import Outcome
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
-from pesc.run import Outcome
 
 
 @flow(name="pipeline", flow_run_name=run_name, persist_result=False, **HOOKS)

@@ -11,11 +11,11 @@ from prefect import Flow
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
 from flows.parameters import ExecutionSettings, as_overrides, block_of, stage_settings
+from pesc.build import Outcome
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph, stage_named
 from pesc.plan import Selection, make_plan
 from pesc.recipe import Recipe, load_recipe
-from pesc.run import Outcome
 from pesc.store import Store
 
 

@@ -293,8 +293,8 @@ def adopt(
     store: StoreOption = None,
 ) -> None:
     """Keep an expensive result after a change that cannot have altered it."""
-    from pesc.run import adopt as adopt_result
-    from pesc.run import make_job
+    from pesc.build import adopt as adopt_result
+    from pesc.build import make_job
 
     place, loaded = _store(store), load_recipe(recipe, overrides or ())
     actions = {a.address: a for a in make_plan(loaded, place)}

@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from pesc.build import Outcome
 from pesc.errors import HolesError, PescError
 from pesc.pipeline import Node
 from pesc.plan import Selection, make_plan
 from pesc.progress_text import experts_text, fields_text, held_out_text, numbers_text
 from pesc.recipe import Recipe
-from pesc.run import Outcome, run_recipe
+from pesc.run import run_recipe
 from pesc.stage import Progress as StageProgress
 from pesc.store import Store
 

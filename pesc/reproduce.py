@@ -55,7 +55,7 @@ def find_manifest(store: Store, name: str) -> Manifest:
 
 def reproduce(store: Store, manifest: Manifest, on_progress: Callable[[Progress], None] = lambda _p: None) -> Reproduction:
     """Build a result again in a temporary workspace of the store.  Raises StoreError when an input is gone, and what the stage raises."""
-    from pesc.run import call_builder
+    from pesc.build import call_builder
 
     stage = stage_named(manifest.key.stage)
     inputs = {name: digest for name, digest in manifest.key.inputs.items() if name != "local"}

@@ -20,10 +20,10 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from pesc.build import Job, OpenShards, Outcome, build_or_open
 from pesc.errors import InterruptedStageError, PescError, StoreError
 from pesc.launch.side_by_side import SideBySide
 from pesc.pipeline import stage_named
-from pesc.run import Job, OpenShards, Outcome, build_or_open
 from pesc.stage import Progress
 from pesc.store import ArtifactRef, Store
 from tasks.cluster import open_shards

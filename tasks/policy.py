@@ -11,8 +11,8 @@ from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 from prefect.results import get_result_store
 
+from pesc.build import Job
 from pesc.errors import PescError
-from pesc.run import Job
 from pesc.store import ArtifactRef, Store
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from pesc.build import Job, Outcome
 from pesc.pipeline import Graph
 from pesc.plan import Plan
 from pesc.progress_text import fields_text
 from pesc.recipe import Recipe
-from pesc.run import Job, Outcome
 from pesc.stage import Progress
 from pesc.store import Manifest, Store
 

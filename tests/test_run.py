@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from pesc import pipeline
+from pesc.build import adopt, make_job
 from pesc.errors import DataError, EvaluationError, HolesError, RecipeError, StoreError, disk_sentence
 from pesc.plan import Selection, make_plan
-from pesc.run import adopt, make_job, run_recipe
+from pesc.run import run_recipe
 from pesc.store.maintenance import fsck
 
 

@@ -11,16 +11,15 @@ import logging
 import sys
 from pathlib import Path
 
+from pesc.build import Job, build_or_open
 from pesc.errors import PescError
 from pesc.launch.events import ProgressEmitter
 from pesc.launch.isolated import configure_logging, error_record, write_json
+from pesc.store import Store
 
 
 def main(store: Path, job: Path, result: Path) -> int:
     """Build or open the job of a file.  Any error but a PescError leaves its traceback on stderr."""
-    from pesc.run import Job, build_or_open
-    from pesc.store import Store
-
     configure_logging(logging.INFO)
     try:
         outcome = build_or_open(Store(store), Job.model_validate_json(job.read_bytes()), ProgressEmitter())

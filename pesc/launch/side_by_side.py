@@ -28,17 +28,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
+from pesc.build import Job, Outcome
 from pesc.errors import PescError
 from pesc.launch import supervise
 from pesc.launch.events import relay
 from pesc.launch.isolated import ended_badly, error_from_record
 from pesc.stage import Execution, Progress
-
-if TYPE_CHECKING:
-    from pesc.run import Job, Outcome
-    from pesc.store import Store
+from pesc.store import ArtifactRef, Store
 
 logger = logging.getLogger(__name__)
 PROGRAM = (sys.executable, "-m", "pesc.launch.one_job")
@@ -112,9 +110,6 @@ class SideBySide:
                 yield child.job, result
 
     def _result(self, child: _Child) -> Outcome | PescError:
-        from pesc.run import Outcome
-        from pesc.store import ArtifactRef
-
         path = child.folder / "result.json"
         if not path.exists():
             ended = supervise.Outcome(child.process.returncode, child.output.tail)

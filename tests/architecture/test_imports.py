@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "datasets", "deepspeed", "lm_eval", "prefect",
 
 
 @pytest.mark.parametrize(
-    "module", ["pesc.cli", "pesc.plan", "pesc.run", "pesc.store.maintenance", "pesc.data.sources", "pesc.launch.isolated"]
+    "module", ["pesc.cli", "pesc.plan", "pesc.build", "pesc.run", "pesc.store.maintenance", "pesc.data.sources", "pesc.launch.isolated"]
 )
 def test_orchestration_imports_nothing_heavy(module):
     code = f"import {module}, sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"

@@ -83,7 +83,7 @@ def test_the_terminal_shows_our_records_and_other_people_s_warnings():
 
 
 def test_a_cached_action_shows_no_time(store):
-    from pesc.run import Outcome
+    from pesc.build import Outcome
 
     ref = ArtifactRef(stage="mix", fingerprint="f" * 64, digest="d" * 64, size_bytes=1)
     text = console.render_outcomes(store, {"mix": Outcome("mix", ref, "hit", 0.3), "dedup": Outcome("dedup", ref, "built", 61.25)})

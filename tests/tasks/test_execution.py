@@ -7,9 +7,9 @@ import pytest
 from prefect import flow
 from prefect.states import Failed
 
+from pesc.build import make_job
 from pesc.errors import DataError, PreemptedError, SourceError, StoreError, TransientSourceError
 from pesc.pipeline import STAGE_NAMES, build_graph
-from pesc.run import make_job
 from tasks.execution import library_records, retry_on, run_job
 from tasks.table import TASKS
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from prefect.results import ResultRecord
 
+from pesc.build import build_or_open, make_job
 from pesc.pipeline import build_graph
-from pesc.run import build_or_open, make_job
 from pesc.store import ArtifactRef
 from tasks.policy import StagePolicy, record_key
 from tasks.table import TASKS

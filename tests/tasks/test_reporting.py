@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pesc.build import make_job
 from pesc.pipeline import build_graph
 from pesc.plan import Selection, make_plan
 from pesc.recipe import recipe_from_dict
-from pesc.run import make_job, run_recipe
+from pesc.run import run_recipe
 from pesc.stage import Progress
 from tasks import reporting
 from tests.data.card_recipe import small_recipe
