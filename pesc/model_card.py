@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pesc.cost import time_text
 from pesc.errors import DataError
 from pesc.evaluate.tables import markdown_table, results_table
 from pesc.models.published import is_published
@@ -36,7 +37,7 @@ _MEASURED: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "world_size": ("ranks", str),
     "zero_stage": ("ZeRO stage", str),
     "peak_memory_bytes": ("peak memory of the first rank", lambda value: f"{value / 1e9:.1f} GB"),
-    "seconds_training": ("time", lambda value: f"{value / 3600:.1f} h" if value >= 3600 else f"{value / 60:.0f} min"),
+    "seconds_training": ("time", time_text),
 }
 """Metrics of the training stage -> what people call them, and how they are written."""
 _METHODS = {
