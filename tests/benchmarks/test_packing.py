@@ -94,6 +94,7 @@ def test_too_few_rows_are_a_sentence():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_real_rows_have_the_stated_lengths_and_one_loss_on_the_real_model(smollm2, real_conversations, shared_data):
     rows = real_rows(smollm2, real_conversations, 65536)
     lengths = [len(row.ids) for row in rows]

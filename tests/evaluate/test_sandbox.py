@@ -226,6 +226,7 @@ def test_canonical_solutions_of_humaneval_pass(shared_data):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_all_canonical_solutions_of_humaneval_and_mbpp_pass(shared_data):
     from pesc.evaluate.tasks.code import run_humaneval, run_mbpp

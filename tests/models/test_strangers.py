@@ -61,7 +61,7 @@ def _oldest() -> str:
     return "transformers==" + next(s.version for s in requirement.specifier if s.operator == ">=") + ".*"
 
 
-@pytest.fixture(scope="module", params=["installed", "oldest"])
+@pytest.fixture(scope="module", params=["installed", pytest.param("oldest", marks=pytest.mark.long)])
 def bare(request, tmp_path_factory):
     """(python, names of its distributions, which) of the environment."""
     root = tmp_path_factory.mktemp("bare")

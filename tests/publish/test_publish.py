@@ -72,6 +72,7 @@ def test_a_killed_upload_leaves_no_commit_and_the_next_run_goes_on(tmp_path, hub
 
 
 @pytest.mark.slow  # the client tries for half a minute
+@pytest.mark.long
 def test_a_network_that_goes_away_says_what_was_sent(tmp_path, hub, publish):
     model = save_model(tmp_path / "model")
     hub.dead_after = 1

@@ -67,6 +67,7 @@ def test_rates_by_part_give_the_same_run_under_every_sharding(by_part, tmp_path,
     assert moved / sum(tensor.numel() for tensor in theirs.values()) < 0.01
 
 
+@pytest.mark.long
 def test_a_killed_run_keeps_its_rates(by_part, tmp_path, sparse_dir, blocks_dir):
     def kill(progress):
         if progress.message == "training" and progress.done == 3:
@@ -115,6 +116,7 @@ def test_a_router_that_has_nothing_to_choose_stops_the_run_at_the_step_that_was_
         train(tmp_path / "run", tmp_path / "one", blocks_dir, changes, {"num_processes": 1, "gradient_check_steps": 3})
 
 
+@pytest.mark.long
 def test_a_stopped_run_of_whole_experts_ends_with_the_bytes_of_one_never_stopped(tmp_path, dense_dir, blocks_dir):
     from pesc.models.config import UpcycleConfig
     from pesc.models.mixtral import upcycle_whole

@@ -173,7 +173,8 @@ def test_balancing_by_bias_counts_over_all_ranks_and_is_in_the_result(biased):
     assert all(line["z"] > 0 for line in history(biased))
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_biased_run_resumes_with_its_bias_under_any_sharding(biased, tmp_path, sparse_dir, blocks_dir, zero_stage):
     import torch
 

@@ -151,6 +151,7 @@ def test_zero_3_finds_the_same_losses(looked, tmp_path, sparse_dir, blocks_with_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_looks_when_it_continues_and_events_tell_of_both(looked, tmp_path, sparse_dir, blocks_with_held_out):
     def stop(progress):
         if progress.message == "training" and progress.done == 2:
