@@ -231,7 +231,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         FilledReportConfig,
-        2,
+        3,
         "pesc.evaluate.report:build",
         (
             "pesc.evaluate.report",

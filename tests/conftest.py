@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `make test &`; every child would be deaf to the Ctrl-C that tests send
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """One thread for tiny tensors: two that wait for each other cost thirty times the work when something else runs on the machine."""
+    if "torch" in sys.modules:
+        import torch
+
+        large = any(item.get_closest_marker(name) for name in ("slow", "benchmark", "gpu", "vllm"))
+        torch.set_num_threads(_THREADS if large else 1)
+
+
+_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,17 @@ from pesc.errors import EvaluationError
 from pesc.evaluate import power, verdict
 from pesc.evaluate.baselines import Baselines, Figure
 from pesc.evaluate.comparability import METRIC_KINDS, IntervalKind, caveats, comparability, score_estimate, score_interval
-from pesc.evaluate.intervals import Z_95, Estimate, bootstrap_p, holm, mcnemar_exact, percentile_interval, resampled_means
+from pesc.evaluate.intervals import (
+    Z_95,
+    Estimate,
+    bootstrap_p,
+    holm,
+    mcnemar_exact,
+    mean_of,
+    paired_mean_estimate,
+    paired_share_estimate,
+    resampled_means,
+)  # fmt: skip
 from pesc.evaluate.replicates import groups_of, runs_difference, score_matrix
 from pesc.evaluate.results import BenchmarkResult, Sample
 from pesc.evaluate.verdict import Direction, Verdict
@@ -26,8 +36,9 @@ SEED = 20240102
 RULES = (
     "Intervals are 95 %: Wilson's where every item is right or wrong, else the value ± 1.96 standard errors.",
     "Arms are compared on the very same items: exact McNemar test (where items have other scores than right and wrong, the tails of the paired "
-    "bootstrap), Holm-adjusted over the benchmarks, and a paired bootstrap interval of the difference. One is better on a benchmark where the "
-    "adjusted p-value is below 0.05, and over all where the interval of the mean leaves out 0.",
+    "bootstrap), Holm-adjusted over the benchmarks, and Bonett and Price's interval of the difference (else the paired bootstrap's), which is not "
+    "empty where no answer differs. One is better on a benchmark where the adjusted p-value is below 0.05, and over all where the interval of the "
+    "mean, combined from those of the benchmarks, leaves out 0.",
     "A published figure counts as comparable when the metric, the number of examples, the way of answering and the whole set of questions are "
     "the same. Its prompts and harness are another's in any case; what is not published about them is said beside it and keeps it comparable.",
     "A published figure has a sampling error too, that of the same questions; both are taken as independent, which is careful, since the "
@@ -316,32 +327,32 @@ def _compare_arms(
     arm: str, control: str, benchmarks: Iterable[str], measured: Measured, answers: Answers
 ) -> tuple[list[PairedComparison], PairedMean | None, list[str]]:
     pairs: list[PairedComparison] = []
-    means: list[np.ndarray] = []
+    differences: list[Estimate] = []
     problems: list[str] = []
     for number, benchmark in enumerate(benchmarks):
         first, second = answers.get((arm, benchmark)), answers.get((control, benchmark))
         if first is None or second is None:
             continue
         try:
-            pair, resampled = compare_paired(arm, control, benchmark, first, second, SEED + number)
+            pair, difference = compare_paired(arm, control, benchmark, first, second, SEED + number)
         except EvaluationError as error:
             problems.append(str(error))
             continue
         pairs.append(pair.model_copy(update={"num_available": measured[arm, benchmark].num_available}))
-        means.append(resampled)
+        differences.append(difference)
     adjusted = holm([pair.p_value for pair in pairs])
     for index, (pair, value) in enumerate(zip(pairs, adjusted, strict=True)):
         word = verdict.direction(verdict.outperforms(pair.difference, value))
         pairs[index] = pair.model_copy(update={"p_adjusted": value, "verdict": word})
-    return pairs, _mean(arm, control, pairs, means) if len(pairs) > 1 else None, problems
+    return pairs, _mean(arm, control, pairs, differences) if len(pairs) > 1 else None, problems
 
 
-def _mean(arm: str, control: str, pairs: Sequence[PairedComparison], means: Sequence[np.ndarray]) -> PairedMean:
-    resampled = np.mean(means, axis=0) * 100
-    low, high = percentile_interval(resampled)
+def _mean(arm: str, control: str, pairs: Sequence[PairedComparison], differences: Sequence[Estimate]) -> PairedMean:
+    mean = mean_of(differences)
+    low, high = mean.interval
     return PairedMean(
-        arm=arm, control=control, benchmarks=len(pairs), difference=_digits(sum(pair.difference for pair in pairs) / len(pairs)), low=_digits(low),
-        high=_digits(high), resolves=_digits(power.smallest_of_stderr(float(resampled.std()))), verdict=verdict.direction(verdict.by_interval(low, high)),
+        arm=arm, control=control, benchmarks=len(pairs), difference=_digits(100 * mean.value), low=_digits(100 * low), high=_digits(100 * high),
+        resolves=_digits(100 * power.smallest_of_stderr((high - low) / (2 * Z_95))), verdict=verdict.direction(verdict.by_interval(low, high)),
         limited=sum(pair.num_items < pair.num_available for pair in pairs),
     )  # fmt: skip
 
@@ -391,8 +402,8 @@ def _replicated(
 
 def compare_paired(
     arm: str, control: str, benchmark: str, first: Sequence[Sample], second: Sequence[Sample], seed: int
-) -> tuple[PairedComparison, np.ndarray]:
-    """One benchmark, item by item, and the resampled mean differences (as fractions).
+) -> tuple[PairedComparison, Estimate]:
+    """One benchmark, item by item, and the difference (as a fraction) with its interval at any level.
 
     Raises EvaluationError when the items differ or have no score.
     """
@@ -405,21 +416,23 @@ def compare_paired(
     differences = [float(a.score) - float(b.score) for a, b in items if a.score is not None and b.score is not None]
     if not items or len(differences) < len(items):
         raise EvaluationError(f"{benchmark}: {ours and first[0].task} has no score for each item, so {arm} and {control} are not paired.")
-    resampled = resampled_means(differences, seed)
-    low, high = percentile_interval(resampled)
-    mean, discordant = sum(differences) / len(items), sum(d != 0 for d in differences)
-    p_value, resolves = bootstrap_p(resampled), power.smallest_of_stderr(float(resampled.std()))
-    table: dict[str, Any] = {}
+    discordant, table = sum(d != 0 for d in differences), dict[str, Any]()
     if all(a.correct is not None and b.correct is not None for a, b in items):
         kinds = Counter((a.correct, b.correct) for a, b in items)
         p_value, resolves = mcnemar_exact(kinds[1, 0], kinds[0, 1]), power.smallest_paired(len(items), discordant / len(items))
         table = {"both": kinds[1, 1], "only_arm": kinds[1, 0], "only_control": kinds[0, 1], "neither": kinds[0, 0]}
         table["power_of_one_point"] = _digits(power.paired_power(len(items), discordant / len(items), 0.01))
+        difference = paired_share_estimate(kinds[1, 0], kinds[0, 1], len(items))
+    else:
+        resampled = resampled_means(differences, seed)
+        p_value, resolves = bootstrap_p(resampled), power.smallest_of_stderr(float(resampled.std()))
+        difference = paired_mean_estimate(differences, seed)
+    low, high = difference.interval
     pair = PairedComparison(
-        arm=arm, control=control, benchmark=benchmark, num_items=len(items), num_available=len(items), difference=_digits(100 * mean),
+        arm=arm, control=control, benchmark=benchmark, num_items=len(items), num_available=len(items), difference=_digits(100 * difference.value),
         low=_digits(100 * low), high=_digits(100 * high), discordant=discordant, p_value=p_value, p_adjusted=p_value, resolves=_digits(100 * resolves), **table,
     )  # fmt: skip
-    return pair, resampled
+    return pair, difference
 
 
 def _digits(value: float) -> float:

@@ -2,7 +2,8 @@
 
 wilson_interval     Wilson (1927) score interval of a proportion; unlike p ± 1.96 s it stays within [0, 1] and is not empty at 0 of n
 mcnemar_exact       two-sided exact McNemar test on paired right/wrong answers (binomial on the discordant pairs)
-paired_bootstrap    percentile interval of a mean paired difference, seeded
+paired_share        Bonett and Price (2012) interval of the difference of two shares on the same items; not empty where no item differs
+paired_mean         percentile interval of a mean paired difference by the bootstrap, seeded
 holm                Holm (1979) step-down adjustment of several p-values
 """
 
@@ -40,6 +41,31 @@ def share_estimate(share: float, total: int) -> Estimate:
 def mean_estimate(value: float, stderr: float) -> Estimate:
     """A mean with a normal interval."""
     return Estimate(value, lambda z: (value - z * stderr, value + z * stderr))
+
+
+def paired_share_estimate(only_first: int, only_second: int, total: int) -> Estimate:
+    """The first share less the second on the same `total` items: the adjusted Wald interval of Bonett and Price (2012).
+
+    Fagerland, Lydersen and Laake (2014) recommend it; one item of each discordant kind is added, so that a few equal answers do not
+    look like certainty.
+    """
+    first, second = ((count + 1) / (total + 2) for count in (only_first, only_second))
+    stderr = math.sqrt((first + second - (first - second) ** 2) / (total + 2))
+    return Estimate(
+        (only_first - only_second) / total, lambda z: (max(-1.0, first - second - z * stderr), min(1.0, first - second + z * stderr))
+    )
+
+
+def paired_mean_estimate(differences: Sequence[float], seed: int) -> Estimate:
+    """The mean of paired differences, with the bootstrap's percentiles."""
+    means = resampled_means(differences, seed)
+
+    def bounds(z: float) -> tuple[float, float]:
+        tail = 50 * math.erfc(z / math.sqrt(2))
+        low, high = np.percentile(means, [tail, 100 - tail])
+        return float(low), float(high)
+
+    return Estimate(sum(differences) / len(differences), bounds)
 
 
 def difference_of(first: Estimate, second: Estimate) -> Estimate:
@@ -123,21 +149,10 @@ def resampled_means(differences: Sequence[float], seed: int, resamples: int = RE
     return drawn @ values / len(differences)
 
 
-def percentile_interval(means: np.ndarray) -> tuple[float, float]:
-    """Central 95 % of resampled means."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def bootstrap_p(means: np.ndarray) -> float:
     """Two-sided p-value of a mean of 0 from resampled means: twice the smaller share on one side of 0, never below 2 / (resamples + 1)."""
     below, above = int(np.count_nonzero(means <= 0)), int(np.count_nonzero(means >= 0))
     return min(1.0, 2 * (1 + min(below, above)) / (1 + len(means)))
-
-
-def paired_bootstrap(differences: Sequence[float], seed: int) -> tuple[float, float]:
-    """95 % interval of the mean difference."""
-    return percentile_interval(resampled_means(differences, seed))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ def run(*arguments):
     return subprocess.run([*PESC, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_layer_and_decode_print_their_tables(tmp_path):
     from tests.models.builders import save_dense
 
@@ -27,6 +28,7 @@ def test_layer_and_decode_print_their_tables(tmp_path):
     assert "ratio" in done.stdout
 
 
+@pytest.mark.slow
 def test_step_prints_both_arms_and_where_the_time_goes():
     done = run("step", "--quick", "--adapter-dim", "8,16", "--experts", "4", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -36,6 +38,7 @@ def test_step_prints_both_arms_and_where_the_time_goes():
     assert lines[6].split() == ["arm", "attention", "FFN", "bank+router", "CE", "optimizer", "other"]
 
 
+@pytest.mark.slow
 def test_packing_prints_an_arm_a_line():
     done = run("packing", "--quick", "--adapter-dim", "8", "--device", "cpu")
     assert done.returncode == 0, done.stderr

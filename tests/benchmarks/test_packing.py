@@ -46,10 +46,12 @@ def tiny_times():
     return measure_packing(TINY)
 
 
+@pytest.mark.slow
 def test_the_loss_by_supervised_token_is_one_number(tiny_times):
     assert_one_loss(tiny_times)
 
 
+@pytest.mark.slow
 def test_rows_that_saw_one_another_would_have_another_loss(tiny_times, monkeypatch):
     block = packing._block
     monkeypatch.setattr(packing, "_block", lambda rows: block(rows) | {"position_ids": np.arange(sum(len(row.ids) for row in rows))})
@@ -58,6 +60,7 @@ def test_rows_that_saw_one_another_would_have_another_loss(tiny_times, monkeypat
     assert leaking.arm(MAX_LENGTH).loss == pytest.approx(tiny_times.arm(MAX_LENGTH).loss)
 
 
+@pytest.mark.slow
 def test_the_arms_read_the_same_tokens_with_more_or_less_padding(tiny_times):
     assert tiny_times.arm(PACKED).positions == tiny_times.tokens
     assert tiny_times.tokens < tiny_times.arm(LONGEST).positions < tiny_times.arm(MAX_LENGTH).positions == 1024 * tiny_times.rows

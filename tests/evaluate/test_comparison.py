@@ -161,6 +161,20 @@ def test_paired_counts_and_p_value():
     assert pair.low < 12.5 < pair.high
 
 
+def test_arms_that_answer_alike_are_not_certainly_equal():
+    """Nor is their mean: no difference on 8 and on 12 items says little."""
+    items = {"a": [1, 0] * 4, "b": [0, 0, 1] * 4}
+    made = {(arm, b): scores for arm in ("pesc", "qlora") for b, scores in items.items()}
+    comparison = run(
+        {key: make_result(scores) for key, scores in made.items()}, {key: make_samples(scores) for key, scores in made.items()}
+    )
+    (mean,) = comparison.paired_means
+    assert (mean.difference, mean.verdict) == (0, "cannot tell")
+    assert mean.low == -mean.high < -10
+    assert mean.resolves > 10
+    assert all(pair.low == -pair.high < -19 for pair in comparison.paired)
+
+
 def test_pairs_do_not_depend_on_the_order_of_samples():
     first, second = make_samples([1, 0, 1, 1, 0, 0]), make_samples([0, 0, 1, 0, 1, 0])
     straight, _ = compare_paired("a", "b", "x", first, second, seed=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ from pesc.evaluate.intervals import (
     mean_estimate,
     mean_of,
     p_of_zero,
-    paired_bootstrap,
+    paired_mean_estimate,
+    paired_share_estimate,
     resampled_means,
     share_estimate,
     wilson_interval,
@@ -85,18 +88,29 @@ def test_bootstrap_of_counts_is_the_bootstrap_of_items():
 
 def test_bootstrap_is_seeded():
     differences = [1.0, 0.0, 0.0, -1.0, 1.0] * 20
-    assert paired_bootstrap(differences, 3) == paired_bootstrap(differences, 3)
+    assert paired_mean_estimate(differences, 3).interval == paired_mean_estimate(differences, 3).interval
     assert resampled_means(differences, 3).tolist() != resampled_means(differences, 4).tolist()
 
 
-def test_bootstrap_covers_the_true_difference_about_95_times_in_100():
+@pytest.mark.parametrize("kind", ["shares", "means"])
+def test_paired_intervals_cover_the_true_difference_about_95_times_in_100(kind):
     rng = np.random.default_rng(0)
     covered = 0
-    for trial in range(200):
+    for trial in range(400):
         differences = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=150).tolist()
-        low, high = paired_bootstrap(differences, trial)
+        shares = paired_share_estimate(differences.count(1.0), differences.count(-1.0), 150)
+        low, high = (shares if kind == "shares" else paired_mean_estimate(differences, trial)).interval
         covered += low <= 0.1 <= high
-    assert 180 <= covered <= 199
+    assert 366 <= covered <= 394  # 380 ± 3.2 standard deviations
+
+
+def test_paired_shares_known_values_and_few_equal_answers_are_no_certainty():
+    """1 and 7 discordant of 21 by hand: (2 - 8)/23 ± 1.96 sqrt((10/23 - (6/23)²)/23), Bonett and Price 2012, equation 4."""
+    assert paired_share_estimate(1, 7, 21).value == pytest.approx(-6 / 21)
+    assert paired_share_estimate(1, 7, 21).interval == pytest.approx((-0.5084, -0.0134), abs=1e-4)
+    low, high = paired_share_estimate(0, 0, 8).interval
+    assert -low == high == pytest.approx(1.96 * math.sqrt(0.2 / 10), abs=1e-3)
+    assert paired_share_estimate(3, 0, 3).interval[1] == 1.0
 
 
 def test_difference_of_two_shares_known_values():

@@ -70,6 +70,7 @@ def test_chunks_cover_the_shards_in_order_and_are_even(count, chunks):
     assert max(map(len, cuts), default=0) - min(map(len, cuts), default=0) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_cluster_of_two_gives_the_results_of_one_process_in_their_order(runner, monkeypatch):
@@ -94,6 +95,7 @@ def task_runs(flow_run_id, expected: int) -> dict[str, tuple[str, str]]:
     return {run.name: (run.state.name, run.state.message or "") for run in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_bad_shard_is_its_own_error_and_a_failed_task_run(runner):
@@ -135,6 +137,7 @@ def two_in_flight(monkeypatch):
 
 
 @needs_dask
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server", "fakes", "two_in_flight")
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_stage_makes_the_same_object_on_workers_and_on_a_cluster(tmp_path, monkeypatch, isolated):
@@ -191,6 +194,7 @@ TWO_SETS = {
 
 
 @needs_dask
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server", "two_in_flight")
 @pytest.mark.parametrize("dedup", [ONE_SET, TWO_SETS], ids=["one data set", "two and a benchmark"])
 def test_dedup_through_dask_makes_the_object_of_pesc_run(tmp_path, small_data, dedup):
