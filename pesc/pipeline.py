@@ -240,6 +240,7 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.comparison",
             "pesc.evaluate.intervals",
             "pesc.evaluate.origins",
+            "pesc.evaluate.paired",
             "pesc.evaluate.plots",
             "pesc.evaluate.power",
             "pesc.evaluate.records",

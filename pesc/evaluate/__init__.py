@@ -6,7 +6,8 @@
     report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
     baselines/         published figures with their sources                         intervals.py  intervals and tests
     comparability.py   which published figures count, and why others do not         verdict.py    when a difference is one
-    power.py           how small a difference a set of questions can show           replicates.py several training runs of an arm
+    power.py           how small a difference a set of questions can show           paired.py     an arm against the control
+    replicates.py      several training runs of an arm
     runs.py            pesc compare: evaluations of several runs side by side
     origins.py         which object each number comes from, and holes            history.py     each benchmark over the runs of a recipe
     training_page.py   one training run in Markdown, with its curves, for people who follow a pipeline

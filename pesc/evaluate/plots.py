@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pesc.evaluate.comparison import Cell, Comparison, FigureComparison, PairedComparison
+from pesc.evaluate.comparison import Cell, Comparison, FigureComparison
+from pesc.evaluate.paired import PairedComparison
 from pesc.evaluate.records import Training
 from pesc.figures import INK, MUTED, plot_funnel
 from pesc.figures import STYLE as _STYLE

@@ -7,7 +7,8 @@ import pytest
 from pesc.errors import EvaluationError
 from pesc.evaluate.baselines import load_baselines
 from pesc.evaluate.comparability import comparability, score_interval
-from pesc.evaluate.comparison import compare, compare_paired
+from pesc.evaluate.comparison import compare
+from pesc.evaluate.paired import compare_paired
 from tests.evaluate.builders import make_result, make_samples
 
 BASELINES = load_baselines()
