@@ -1,4 +1,8 @@
-"""A real sparse model behind the real vLLM: it says what transformers says, to many clients, streamed, and leaves nothing behind."""
+"""A real sparse model behind the real vLLM: it says what transformers says, to many clients, streamed, and leaves nothing behind.
+
+The first layers of SmolLM2 with experts that differ; or what `PESC_SERVED` names, a directory with `dense` and `sparse` in it, such as the
+links of a trained model's `download` and `merge` objects.
+"""
 
 import json
 import os
@@ -33,8 +37,10 @@ def python():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, python, smollm2) -> Path:  # noqa: F811
-    return save_slice(smollm2, tmp_path_factory.mktemp("served"), LAYERS)
+def place(tmp_path_factory, python, request) -> Path:
+    if given := os.environ.get("PESC_SERVED"):
+        return Path(given)
+    return save_slice(request.getfixturevalue("smollm2"), tmp_path_factory.mktemp("served"), LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +145,7 @@ def test_vllm_chooses_the_experts_that_transformers_chooses(place, python, model
     used, differ, total = set(), 0, 0
     for row, layers in zip(rows, json.loads((tmp_path / "choices.json").read_text()), strict=True):
         _, routers = routing(model, row)
-        assert len(layers) == len(routers) == LAYERS
+        assert len(layers) == len(routers) == model.config.num_hidden_layers
         for found, logits in zip(layers, routers, strict=True):
             expected, close = logits.topk(2, dim=-1).indices.sort(-1).values, margins(logits) < ROUTE_TIE
             unequal = (torch.tensor(found).sort(-1).values != expected).any(-1)
