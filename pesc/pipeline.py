@@ -281,7 +281,7 @@ class Node:
     inputs: Mapping[str, str]
     """Input name -> address of the upstream node."""
     optional: frozenset[str] = frozenset()
-    """Inputs that may be left out when their action failed; the node is built as long as one of them is there."""
+    """Inputs that may be left out when their action failed; the node is built as long as one benchmark of them is there."""
 
     @property
     def address(self) -> str:
@@ -398,4 +398,5 @@ def _report_node(recipe: Recipe, nodes: Iterable[Node]) -> Node:
     inputs = {n.address: n.address for n in nodes if n.stage.name in wanted}
     benchmarks = tuple(n.address for n in nodes if n.stage.name == "evaluate")
     config = FilledReportConfig(**recipe.report.model_dump(), expected=benchmarks)
-    return _node("report", "", config, inputs, optional=benchmarks)
+    routing = (n.address for n in nodes if n.stage.name == "routing")
+    return _node("report", "", config, inputs, optional=(*benchmarks, *routing))

@@ -4,8 +4,8 @@
 
 Key contracts
 - Failures leave finished actions as they are and the failing one's workspace for the next attempt.
-- A benchmark that fails leaves a hole: the others are still run, the report is built without it and says so, and the run ends with
-  the sentence of every failure. Running again builds what is missing.
+- A benchmark (or the routing of an arm) that fails leaves a hole: the others are still run, the report is built without it and says so,
+  and the run ends with the sentence of every failure. Running again builds what is missing.
 - Benchmarks of one arm are independent: `execution.parallel_benchmarks` of them are built at once, each in a process of its own.
 - What can be known to fail is told before anything is built.
 """
@@ -40,7 +40,7 @@ def run_recipe(
 ) -> dict[str, Outcome]:
     """Run everything the selection allows; returns the outcome by address.
 
-    `on_action(node, reason)` is called before an action is built, `on_outcome` after each action, `on_hole` when a benchmark failed.
+    `on_action(node, reason)` is called before an action is built, `on_outcome` after each action, `on_hole` when one failed that the run can do without.
     Raises PescError; HolesError, at the end, when benchmarks failed.
     """
     outcomes: dict[str, Outcome] = {}
@@ -106,7 +106,7 @@ def _build_side_by_side(
 
 
 class Holes:
-    """The benchmarks of one run that failed while the rest went on."""
+    """The benchmarks and routings of one run that failed while the rest went on."""
 
     def __init__(self) -> None:
         self.errors: dict[str, PescError] = {}
@@ -124,15 +124,18 @@ class Holes:
         if not self.errors:
             return
         count, report = len(self.errors), outcomes.get("report")
+        benchmarks = sum(address.startswith("evaluate[") for address in self.errors)
         if count == 1 and report is None:
             raise next(iter(self.errors.values()))
         shown = ""
         if report is not None:
             page = store.object_path(report.ref.digest) / "report.html"
             shown = f"; the report {page} shows {'it as a hole' if count == 1 else 'them as holes'}"
+            if not benchmarks:
+                shown = f"; the report {page} is made without {'it' if count == 1 else 'them'}"
         lines = [f"{address}: {error}" for address, error in self.errors.items()]
         raise HolesError(
-            f"{count} {'benchmark' if count == 1 else 'benchmarks'} of {recipe.name} ended without a result{shown}. "
+            f"{count} {'benchmark' if benchmarks == count else 'action'}{'' if count == 1 else 's'} of {recipe.name} ended without a result{shown}. "
             "Everything else is finished and kept; run again to fill in what is missing.\n" + "\n".join(lines),
             outcomes,
         )
@@ -234,7 +237,7 @@ def _independent(nodes: Iterable[Node]) -> Iterator[list[Node]]:
 
 def _can_do_without(node: Node, missing: list[str]) -> bool:
     optional = {node.inputs[name] for name in node.optional}
-    return optional.issuperset(missing) and bool(optional.difference(missing))
+    return optional.issuperset(missing) and any(address.startswith("evaluate[") for address in optional.difference(missing))
 
 
 def _check_figures(recipe: Recipe) -> None:

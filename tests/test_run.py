@@ -304,6 +304,20 @@ def test_every_sentence_of_several_failures_is_told_and_a_report_of_nothing_is_n
     assert [line.partition(":")[0] for line in lines[1:]] == ["evaluate[pesc/quiz]", "evaluate[qlora/quiz]"]
 
 
+def test_a_routing_that_dies_costs_the_report_its_part_and_nothing_else(fakes, store, tiny_recipe):
+    fakes.FAIL_AT.add("routing[pesc]")
+    with pytest.raises(
+        HolesError, match=r"^1 action of tiny ended without a result; the report \S+/report.html is made without it\. Everything"
+    ) as caught:
+        run_recipe(tiny_recipe(), store)
+    assert "routing[pesc]" not in store.find("report", caught.value.finished["report"].ref.fingerprint).key.inputs
+    fakes.FAIL_AT |= {"evaluate[pesc/quiz]", "evaluate[qlora/quiz]"}
+    fakes.CALLS.clear()
+    with pytest.raises(HolesError, match=r"^3 actions of tiny ended without a result\. "):
+        run_recipe(tiny_recipe(), store, Selection(refresh=("evaluate",)))
+    assert "report" not in fakes.CALLS, "a routing alone is no report"
+
+
 def test_a_benchmark_asked_for_alone_fails_with_its_own_error(fakes, store, tiny_recipe):
     run_recipe(tiny_recipe(), store, Selection(until=("merge",)))
     fakes.FAIL_AT.add("evaluate[pesc/quiz]")
