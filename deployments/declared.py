@@ -26,6 +26,7 @@ from pesc import __version__
 
 PREFECT_FILE = HERE / "prefect.yaml"
 _PLACEHOLDER = re.compile(r"{{\s*\$(\w+)\s*}}")
+_OPTIONAL = {"PESC_REMOTE"}
 _ENTRY = {"name", "entrypoint", "description", "tags", "parameters", "work_pool", "schedules", "concurrency_limit"}
 """What an entry may say; bootstrap would not see anything else."""
 
@@ -46,7 +47,8 @@ def declared_things(fleet: Fleet) -> list[Thing]:
             raise BootstrapError(
                 f"The deployment {name} goes to the pool {pool_name}, which the fleet does not have: {', '.join(fleet.pools)}."
             )
-        environment = {**os.environ, **places(pool_name, fleet.pools[pool_name])}
+        pool = fleet.pools[pool_name]
+        environment = {**os.environ, **places(pool_name, pool), **pool.env}
         entry_things = _entry_things(name, _filled(changed, environment, name), _filled(document["pull"], environment, name))
         if changed["work_pool"]["work_queue_name"] not in fleet.pools[pool_name].queues:
             queue = f"{pool_name}/{changed['work_pool']['work_queue_name']}"
@@ -60,9 +62,9 @@ def _name_of(entry: Mapping[str, Any]) -> str:
 
 
 def _filled(template: Any, environment: Mapping[str, str], name: str) -> Any:
-    """The template with `{{ $NAME }}` replaced.  Raises BootstrapError for one that is not set."""
+    """The template with `{{ $NAME }}` replaced.  Raises BootstrapError for one that is not set and has to be."""
     if isinstance(template, Mapping):
-        return {key: _filled(value, environment, name) for key, value in template.items()}
+        return {key: _filled(value, environment, name) for key, value in template.items() if not _is_left_out(value, environment)}
     if isinstance(template, list):
         return [_filled(value, environment, name) for value in template]
     if not isinstance(template, str):
@@ -71,6 +73,12 @@ def _filled(template: Any, environment: Mapping[str, str], name: str) -> Any:
         if variable not in environment:
             raise BootstrapError(f"The deployment {name} needs the environment variable {variable}, which is not set.")
     return _PLACEHOLDER.sub(lambda match: environment[match[1]], template)
+
+
+def _is_left_out(value: Any, environment: Mapping[str, str]) -> bool:
+    """A variable that need not be set and is not: the worker's own counts."""
+    found = _PLACEHOLDER.fullmatch(value) if isinstance(value, str) else None
+    return found is not None and found[1] in _OPTIONAL and not environment.get(found[1])
 
 
 def _entry_things(name: str, entry: Mapping[str, Any], pull_steps: list[Json]) -> list[Thing]:

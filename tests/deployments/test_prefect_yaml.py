@@ -32,7 +32,11 @@ def test_every_stage_the_pipeline_and_the_care_of_the_store_are_deployed():
 def test_a_parent_that_dispatches_waits_in_a_queue_of_its_own_and_holds_no_gpu():
     places = {name: (d["work_pool"]["name"], d["work_pool"]["work_queue_name"]) for name, d in DEPLOYMENTS.items()}
     dispatching = {name for name, d in DEPLOYMENTS.items() if d["parameters"].get("dispatch")}
-    assert dispatching == {name for name, place in places.items() if place == ("cpu", "orchestrate")} == {"pipeline/dispatched", "pipeline/weekly"}
+    assert (
+        dispatching
+        == {name for name, place in places.items() if place == ("cpu", "orchestrate")}
+        == {"pipeline/dispatched", "pipeline/weekly"}
+    )
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
