@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pesc.settings import image_commit
+
 PACKAGES = (
     "pesc", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "lm-eval", "tokenizers", "safetensors",
     "pyarrow", "numpy", "gaoya", "gguf", "prefect",
@@ -51,10 +53,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the sources, and whether they differ from it.  None outside a checkout."""
+    """Commit of the sources, and whether they differ from it: the checkout's, or that of the image.  None where neither is known."""
     commit = _output("git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD")
     if not commit:
-        return None
+        return {"commit": image_commit(), "dirty": False} if image_commit() else None
     changes = _output("git", "-C", str(PROJECT_ROOT), "status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(changes)}
 

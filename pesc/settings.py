@@ -2,6 +2,7 @@
 
 PESC_STORE        directory of the store (default: ./store)
 PESC_VLLM         Python that has vLLM, for `pesc serve` (default: the one that runs)
+PESC_COMMIT       git commit of an image, which has no checkout to ask
 HF_TOKEN          read by huggingface_hub itself; never part of a recipe, a key or a manifest
 """
 
@@ -19,3 +20,8 @@ def store_root() -> Path:
 def vllm_python() -> str | None:
     """The Python that has vLLM, or the directory of its environment; None: the running one."""
     return os.environ.get("PESC_VLLM") or None
+
+
+def image_commit() -> str | None:
+    """The commit that the image was built from."""
+    return os.environ.get("PESC_COMMIT") or None

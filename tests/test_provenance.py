@@ -28,3 +28,11 @@ def test_a_cpu_without_bfloat16_matrices_is_named_with_the_setting(monkeypatch, 
 
 def test_the_flags_are_read_from_the_system():
     assert provenance._cpu_field("flags", "Features", "model name", "processor")
+
+
+def test_an_image_without_a_checkout_names_the_commit_that_it_was_built_from(monkeypatch, tmp_path):
+    assert set(provenance.git_state() or {}) in ({"commit", "dirty"}, set())
+    monkeypatch.setattr(provenance, "PROJECT_ROOT", tmp_path)
+    assert provenance.git_state() is None
+    monkeypatch.setenv("PESC_COMMIT", "3f2a91bc")
+    assert provenance.git_state() == {"commit": "3f2a91bc", "dirty": False}

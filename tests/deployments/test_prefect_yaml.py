@@ -23,8 +23,20 @@ def flow_of(deployment):
 
 
 def test_every_stage_the_pipeline_and_the_care_of_the_store_are_deployed():
-    stages = {deployment_name(stage) for stage in STAGE_NAMES}
-    assert set(DEPLOYMENTS) == stages | {"pipeline/cpu", "pipeline/gpu", "gc/cpu", "fsck/cpu"}
+    stages = {f"{stage}/cpu" for stage in STAGE_NAMES} | {deployment_name(stage) for stage in STAGE_NAMES}
+    pipelines = {f"pipeline/{name}" for name in ("cpu", "gpu", "dispatched", "nightly", "weekly")}
+    assert set(DEPLOYMENTS) == stages | pipelines | {"gc/cpu", "fsck/cpu"}
+    assert all(deployment["description"] and deployment["tags"][0] == "pesc" for deployment in DEPLOYMENTS.values())
+
+
+def test_a_parent_that_dispatches_waits_in_a_queue_of_its_own_and_holds_no_gpu():
+    places = {name: (d["work_pool"]["name"], d["work_pool"]["work_queue_name"]) for name, d in DEPLOYMENTS.items()}
+    dispatching = {name for name, d in DEPLOYMENTS.items() if d["parameters"].get("dispatch")}
+    assert (
+        dispatching
+        == {name for name, place in places.items() if place == ("cpu", "orchestrate")}
+        == {"pipeline/dispatched", "pipeline/weekly"}
+    )
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -40,7 +52,8 @@ def test_the_entry_point_is_the_flow_and_takes_the_parameters(name):
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_the_pool_is_named_like_the_deployment(name):
-    assert DEPLOYMENTS[name]["work_pool"]["name"] == DEPLOYMENTS[name]["name"]
+    pool, own = DEPLOYMENTS[name]["work_pool"]["name"], DEPLOYMENTS[name]["name"]
+    assert pool == (own if own in ("cpu", "gpu") else "cpu")
     assert "PESC_STORE" in DEPLOYMENTS[name]["work_pool"]["job_variables"]["env"]
 
 
@@ -51,10 +64,12 @@ def test_recipes_of_deployments_exist():
     assert used <= set(recipe_names())
 
 
-def test_schedules_are_off_and_have_a_slug():
-    schedules = [schedule for d in DEPLOYMENTS.values() for schedule in d.get("schedules", ())]
-    assert schedules
-    assert all(schedule["slug"] and schedule["active"] is False for schedule in schedules)
+def test_schedules_are_off_have_a_slug_and_do_not_run_twice_at_a_time():
+    scheduled = {name: d for name, d in DEPLOYMENTS.items() if "schedules" in d}
+    assert set(scheduled) == {"pipeline/nightly", "pipeline/weekly"}
+    for deployment in scheduled.values():
+        assert all(schedule["slug"] and schedule["active"] is False for schedule in deployment["schedules"])
+        assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
 def test_no_path_of_this_machine_is_written_down():
