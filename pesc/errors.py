@@ -33,8 +33,12 @@ class SourceError(PescError):
     """A source that cannot be fetched, or whose bytes are not the expected ones."""
 
 
-class TransientSourceError(SourceError):
-    """A source that may answer in a minute: no connection, too many requests, an error of the server.  Worth another try."""
+class TransientError(PescError):
+    """Trouble of a network or of somebody else's server, which may be gone in a minute: the same step is worth another try."""
+
+
+class TransientSourceError(SourceError, TransientError):
+    """A source that may answer in a minute: no connection, too many requests, an error of the server."""
 
 
 class DataError(PescError):
@@ -83,6 +87,10 @@ class InterruptedStageError(StageFailedError):
 
 class PreemptedError(StageFailedError):
     """The machine took the processes away; a retry resumes from the last checkpoint."""
+
+
+class WorkerLostError(PreemptedError):
+    """The worker that a stage was dispatched to has gone with it; a retry, on another worker, resumes from what it has left in the store."""
 
 
 class PeerLostError(PreemptedError):
