@@ -19,7 +19,7 @@ from pesc.errors import InterruptedStageError, PescError, StageFailedError, Work
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 FAILURE = "Flow run encountered an exception: "
 """What Prefect writes before the class and the sentence of an error."""
-_TAKEN_AWAY = ("termination signal", "interrupt signal", "status code: 143", "status code: -15", "heartbeat")
+_TAKEN_AWAY = ("termination signal", "interrupt signal", "status code: 143", "status code: -15", "no sign of life")
 _KILLED = ("status code: 137", "status code: -9", "status code: 247")
 
 

@@ -106,7 +106,7 @@ class Fleet:
             "type": "event", "posture": "Proactive", "after": [beat], "expect": [beat, *(f"prefect.flow-run.{end}" for end in ends)],
             "match": {"prefect.resource.id": ["prefect.flow-run.*"]}, "for_each": ["prefect.resource.id"], "threshold": 1, "within": seconds,
         }  # fmt: skip
-        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": "Its heartbeat has stopped: the worker has gone."}
+        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": f"No sign of life for {seconds} s."}
         self.server.post("automations/", {"name": "zombies", "trigger": trigger, "actions": [action]})
 
     def versions(self, key: str) -> list[dict[str, Any]]:

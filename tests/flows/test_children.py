@@ -37,7 +37,7 @@ def test_a_failed_child_has_its_own_class_and_sentence(message, kind, sentence):
     [
         ("Execution was aborted by a termination signal.", WorkerLostError),
         ("Process exited with status code: 143. Process received SIGTERM via the container runtime.", WorkerLostError),
-        ("Its heartbeat has stopped.", WorkerLostError),
+        ("No sign of life for 540 s: the worker or its machine is gone.", WorkerLostError),
         ("Process exited with status code: -9. Process was killed.", StageFailedError),
         ("Process exited with status code: 137. Process was killed, likely due to an out-of-memory (OOM) condition.", StageFailedError),
         ("Flow run could not start: no such file", StageFailedError),
