@@ -28,6 +28,9 @@ from tasks.reporting import publish_card, publish_cost, publish_history, publish
 from tasks.runner import Inline, Runner
 from tasks.table import TASKS
 
+CHILD_TAG = "dispatched"
+"""Of the flow runs that a dispatched pipeline has started."""
+
 
 def open_store(path: str | None) -> Store:
     """The store of a flow run: the parameter, else PESC_STORE, else ./store; absolute, as workers need it.
@@ -53,9 +56,9 @@ def run_name() -> str:
 
 
 def is_child() -> bool:
-    """Whether another flow run has started this one, and shows and records what concerns the whole recipe."""
+    """Whether a dispatched pipeline has started this flow run; then that one shows and records what concerns the whole recipe."""
     context = FlowRunContext.get()
-    return context is not None and context.flow_run is not None and context.flow_run.parent_task_run_id is not None
+    return context is not None and context.flow_run is not None and CHILD_TAG in context.flow_run.tags
 
 
 def run_chain(recipe: Recipe, store: Store, selection: Selection, runner: Runner = Inline()) -> dict[str, Outcome]:

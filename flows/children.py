@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -110,8 +109,3 @@ class Pickup:
         else:
             cause = f"the workers of {pool!r} are busy, or none of them serves the queue {queue!r}, or it is at its limit. {start}"
         return f"{self._address} (flow run {run.name!r}) has waited {seconds:.0f} s for a worker: {cause}."
-
-
-def parent_of(context: Any) -> UUID | None:
-    """The task run that started the flow run of a context, if any did."""
-    return getattr(getattr(context, "flow_run", None), "parent_task_run_id", None)

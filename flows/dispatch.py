@@ -38,6 +38,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
+from flows.chain import CHILD_TAG
 from flows.children import Pickup, cancel, children_of, error_of
 from pesc.build import Job, OpenShards, Outcome
 from pesc.errors import InterruptedStageError, RecipeError, StoreError, WorkerLostError
@@ -130,7 +131,7 @@ class Dispatched:
         node = self._nodes[job.address]
         holes = [address for input_name, address in node.inputs.items() if input_name not in job.inputs]
         parameters = {**self._given, "instance": node.instance or None, "refresh": job.refresh, "without": holes or None}
-        tags = [tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS]
+        tags = [CHILD_TAG, *(tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS)]
         key = f"{context.task_run.id}-{context.task_run.run_count}" if context else None  # of this try: what was sent twice starts once
 
         def start(_client: SyncPrefectClient) -> FlowRun:

@@ -109,6 +109,10 @@ class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
 
 
+class TransientEvaluationError(EvaluationError, TransientError):
+    """A benchmark whose items the hub did not give; it may in a minute."""
+
+
 class HolesError(PescError):
     """Benchmarks that ended without a result, in a run whose other actions are finished.  `finished`: their outcomes by address."""
 

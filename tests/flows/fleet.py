@@ -46,10 +46,12 @@ class Fleet:
         document = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
         chosen = [d for d in document["deployments"] if d["entrypoint"].startswith(("flows.stages.", "flows.pipeline."))]
         for deployment in chosen:
-            deployment["entrypoint"] = f"{entrypoints}.{deployment['entrypoint'].rpartition('.')[2]}"
+            if entrypoints != "flows":
+                deployment["entrypoint"] = f"{entrypoints}.{deployment['entrypoint'].rpartition('.')[2]}"
             deployment.pop("schedules", None)
-        chosen.append({"name": "nobody", "entrypoint": f"{entrypoints}.mix", "work_pool": {"name": "empty"}})
-        chosen.append({"name": "empty", "entrypoint": f"{entrypoints}.tokenize", "work_pool": {"name": "empty"}})
+        stages = "flows.stages" if entrypoints == "flows" else entrypoints
+        chosen.append({"name": "nobody", "entrypoint": f"{stages}.mix", "work_pool": {"name": "empty"}})
+        chosen.append({"name": "empty", "entrypoint": f"{stages}.tokenize", "work_pool": {"name": "empty"}})
         path = self.folder / "prefect.yaml"
         path.write_text(yaml.safe_dump({**document, "deployments": chosen}))
         self.server.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(path))

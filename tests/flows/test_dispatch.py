@@ -48,8 +48,7 @@ def test_each_action_runs_on_the_worker_it_wants_then_one_benchmark_alone_and_th
         address, recipe, fingerprint = child["name"].split()
         stage = address.partition("[")[0]
         assert child["work_pool_name"] == ("gpu" if stage in ON_GPU else "cpu")
-        assert {"pesc", "stage", "nightly"} <= set(child["tags"])
-        assert "pipeline" not in child["tags"]
+        assert {"pesc", "stage", "nightly", "dispatched"} == set(child["tags"])
         assert recipe == "tiny"
         (manifest,) = [m for m in fleet.store.manifests(stage) if m.address == address]
         assert manifest.fingerprint.startswith(fingerprint)

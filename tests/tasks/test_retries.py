@@ -15,7 +15,7 @@ from tasks.execution import run_jobs_at_once
 from tasks.retries import DELAYS_SECONDS, TRIED_AGAIN, retry_on, waiting_by
 from tasks.table import TASKS
 
-AGAIN = {"TransientError", "TransientSourceError", "PreemptedError", "PeerLostError", "WorkerLostError"}
+AGAIN = {"TransientError", "TransientSourceError", "TransientEvaluationError", "PreemptedError", "PeerLostError", "WorkerLostError"}
 CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PescError)]
 
 
