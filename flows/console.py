@@ -9,17 +9,19 @@ import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from prefect.exceptions import TerminationSignal
 from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.settings import PREFECT_API_URL
 
 from flows.chain import open_store
 from flows.server import server_sentence, server_settings
 from pesc.build import Outcome
 from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption, Until
 from pesc.console import render_report
-from pesc.errors import HolesError, PescError
+from pesc.errors import HolesError, PescError, RecipeError
 from pesc.recipe import load_recipe
 from pesc.store import Store
 from tasks.reporting import seconds_text
@@ -37,6 +39,7 @@ def run(
     start: From = None,
     until: Until = None,
     refresh: Refresh = None,
+    dispatch: Annotated[bool, typer.Option("--dispatch", help="Build each action on a worker, by its stage's deployment.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Run a recipe as a Prefect flow, and print the results table and the report's path."""
@@ -44,10 +47,13 @@ def run(
 
     load_recipe(recipe, overrides or ())  # a wrong one is told at once, before any server starts
     place = open_store(str(store) if store else None)
+    if dispatch and not PREFECT_API_URL.value():
+        raise RecipeError("--dispatch needs the Prefect server that the workers know: set PREFECT_API_URL to its API.")
     with server_settings():
         try:
             outcomes = pipeline(
-                recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, store=str(place.root)
+                recipe=recipe, overrides=overrides, only=only, start=start, until=until, refresh=refresh, dispatch=dispatch,
+                store=str(place.root) if store or not dispatch else None,
             )  # fmt: skip
         except HolesError as error:
             print(render_outcomes(place, error.finished))

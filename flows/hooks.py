@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import Flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
+
+from flows.children import cancel_children
 
 GO_ON = "Finished stages and checkpoints are kept: run it again to go on."
 
@@ -27,8 +30,12 @@ def on_crashed(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
 
 
 def on_cancellation(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
-    """Somebody cancelled the run."""
-    flow_run_logger(flow_run, flow).warning("%s was cancelled. %s", flow_run.name, GO_ON)
+    """Somebody cancelled the run.  It ends its children itself; this is for those that it could not tell any more."""
+    log = flow_run_logger(flow_run, flow)
+    log.warning("%s was cancelled. %s", flow_run.name, GO_ON)
+    with get_client(sync_client=True) as client:
+        for child in cancel_children(client, flow_run.id):
+            log.warning("%s, which it had started, was cancelled with it.", child.name)
 
 
 def _message(state: State) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from pesc.pipeline import STAGE_NAMES
+from pesc.pipeline import STAGE_NAMES, stage_named
 from pesc.recipe import Recipe
 from pesc.stage import Execution
 
@@ -66,6 +66,33 @@ RecipeSettings = optional_settings(Recipe, "RecipeSettings")
 """Every setting of a recipe."""
 ExecutionSettings = optional_settings(Execution, "ExecutionSettings")
 """Where and how fast; never part of a result's name."""
+
+
+def deployment_name(stage: str) -> str:
+    """`train/gpu`: a stage's flow on the pool that it wants."""
+    return f"{stage}/{'gpu' if stage_named(stage).wants_gpu else 'cpu'}"
+
+
+def _deployment_field(stage: str) -> Any:
+    text = f"What builds `{stage}`: a deployment of that flow (h100) or of another (FLOW/NAME). Default: {deployment_name(stage)}."
+    return (str | None, Field(None, description=text))
+
+
+StageDeployments: Any = create_model(
+    "StageDeployments",
+    __config__=ConfigDict(extra="forbid", frozen=True),
+    __module__=__name__,
+    __doc__="Which deployment builds a stage.",
+    **{name: _deployment_field(name) for name in STAGE_NAMES},
+)
+"""A field a stage."""
+
+
+def chosen_deployments(given: BaseModel | None) -> dict[str, str]:
+    """Full names (`train/h100`) of the deployments of all stages, by stage."""
+    chosen = given.model_dump(exclude_none=True) if given else {}
+    names = {stage: chosen.get(stage) or deployment_name(stage) for stage in STAGE_NAMES}
+    return {stage: name if "/" in name else f"{stage}/{name}" for stage, name in names.items()}
 
 
 def block_of(stage: str) -> str:

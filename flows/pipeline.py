@@ -4,6 +4,7 @@ python -m flows.pipeline demo                            with Prefect's temporar
 python -m flows.pipeline demo train.learning_rate=1e-4   with an override
 python -m flows.pipeline demo --refresh evaluate         benchmarks again
 prefect deployment run pipeline/cpu --param recipe=demo  on a worker
+prefect deployment run pipeline/dispatched               each action on a worker of its own
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.chain import open_store, run_chain, run_name
+from flows.dispatch import Dispatched
 from flows.hooks import HOOKS
-from flows.parameters import RecipeSettings, as_overrides
+from flows.parameters import RecipeSettings, StageDeployments, as_overrides, chosen_deployments
 from pesc.build import Outcome
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
+from tasks.runner import Inline
 
 
 @flow(name="pipeline", flow_run_name=run_name, persist_result=False, **HOOKS)
@@ -27,6 +30,8 @@ def pipeline(
     start: list[str] | None = None,
     until: list[str] | None = None,
     refresh: list[str] | None = None,
+    dispatch: bool = False,
+    deployments: StageDeployments | None = None,  # type: ignore[valid-type]
     store: str | None = None,
 ) -> dict[str, Outcome]:
     """Run a recipe. Whatever the store has already is shown as Cached.
@@ -39,11 +44,14 @@ def pipeline(
         start: Build these and what depends on them (--from).
         until: Build these and what they need.
         refresh: Build these again even when the store has them.
+        dispatch: Have each action that the store lacks built by a run of its stage's deployment, on the worker that it wants. Default: build here.
+        deployments: With dispatch: other deployments than STAGE/gpu and STAGE/cpu for some stages.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    loaded = load_recipe(recipe, [*as_overrides(settings), *(overrides or ())])
+    changes = [*as_overrides(settings), *(overrides or ())]
     selection = Selection(tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(refresh or ()))
-    return run_chain(loaded, open_store(store), selection)
+    runner = Dispatched(recipe, changes, store, chosen_deployments(deployments)) if dispatch else Inline()
+    return run_chain(load_recipe(recipe, changes), open_store(store), selection, runner)
 
 
 if __name__ == "__main__":

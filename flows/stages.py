@@ -10,7 +10,7 @@ from prefect import Flow
 
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
-from flows.parameters import ExecutionSettings, as_overrides, block_of, stage_settings
+from flows.parameters import ExecutionSettings, as_overrides, block_of, deployment_name, stage_settings
 from pesc.build import Outcome
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph, stage_named
@@ -31,6 +31,7 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         overrides: list[str] | None = None,
         refresh: bool = False,
         build_missing: bool = False,
+        without: list[str] | None = None,
         store: str | None = None,
     ) -> dict[str, Outcome]:
         changes = [*as_overrides(settings, block_of(name)), *as_overrides(execution, "execution"), *(overrides or ())]
@@ -38,8 +39,8 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         pattern = f"{name}[{instance}]" if instance else name
         refreshed = (pattern,) if refresh else ()
         if build_missing:
-            return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed))
-        selection = Selection(only=(pattern,), refresh=refreshed)
+            return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed, without=tuple(without or ())))
+        selection = Selection(only=(pattern,), refresh=refreshed, without=tuple(without or ()))
         require_inputs(loaded, place, selection)
         return run_chain(loaded, place, selection)
 
@@ -54,6 +55,7 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         overrides: Settings of any stage to change as KEY=VALUE; give the ones that the upstream results were made with.
         refresh: Build again even when the store has the result.
         build_missing: Build what this stage needs and the store lacks, instead of failing.
+        without: Benchmarks (evaluate[ARM/NAME]) that have no result and that the report does without.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
     return Flow(run_stage, name=name, flow_run_name=run_name, description=stage.summary, persist_result=False, **HOOKS)
@@ -69,11 +71,6 @@ def require_inputs(recipe: Recipe, store: Store, selection: Selection) -> None:
             f"{', '.join(selection.only)} of recipe {recipe.name!r} needs {', '.join(node.address for node in missing)}, which the store {store.root} lacks. "
             f"Run the deployments {', '.join(deployments)} first, or give build_missing=true."
         )
-
-
-def deployment_name(stage: str) -> str:
-    """`train/gpu`: a stage's flow on the pool that it wants."""
-    return f"{stage}/{'gpu' if stage_named(stage).wants_gpu else 'cpu'}"
 
 
 download = stage_flow("download")

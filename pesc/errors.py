@@ -33,8 +33,12 @@ class SourceError(PescError):
     """A source that cannot be fetched, or whose bytes are not the expected ones."""
 
 
-class TransientSourceError(SourceError):
-    """A source that may answer in a minute: no connection, too many requests, an error of the server.  Worth another try."""
+class TransientError(PescError):
+    """Trouble of a network or of somebody else's server, which may be gone in a minute: the same step is worth another try."""
+
+
+class TransientSourceError(SourceError, TransientError):
+    """A source that may answer in a minute: no connection, too many requests, an error of the server."""
 
 
 class DataError(PescError):
@@ -85,6 +89,10 @@ class PreemptedError(StageFailedError):
     """The machine took the processes away; a retry resumes from the last checkpoint."""
 
 
+class WorkerLostError(PreemptedError):
+    """The worker that a stage was dispatched to has gone with it; a retry, on another worker, resumes from what it has left in the store."""
+
+
 class PeerLostError(PreemptedError):
     """Another machine of the run has gone, or never came; its checkpoint is kept and a retry, on all machines, resumes from it."""
 
@@ -99,6 +107,10 @@ class ServeError(PescError):
 
 class EvaluationError(PescError):
     """A benchmark that cannot be run as configured."""
+
+
+class TransientEvaluationError(EvaluationError, TransientError):
+    """A benchmark whose items the hub did not give; it may in a minute."""
 
 
 class HolesError(PescError):

@@ -33,6 +33,8 @@ class Selection:
     """`--from`: these and what depends on them."""
     until: tuple[str, ...] = ()
     refresh: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    """Addresses of benchmarks that have ended without a result: what can do without them does."""
 
     def allowed(self, graph: Graph) -> set[str]:
         """Addresses that may be built.  Raises RecipeError when the selection is empty."""
@@ -48,8 +50,11 @@ class Selection:
         return allowed
 
     def considered(self, graph: Graph) -> set[str]:
-        """Addresses a plan shows: those that may be built, and what they need."""
-        return graph.upstream(self.allowed(graph))
+        """Addresses a plan shows: those that may be built, and what they need.  Raises RecipeError for one that cannot be done without."""
+        holes = graph.select(self.without) if self.without else set()
+        if needed := holes - graph.may_fail:
+            raise RecipeError(f"{min(needed)} is no benchmark: nothing can do without it.")
+        return graph.upstream(self.allowed(graph)) - holes
 
     def refreshed(self, graph: Graph) -> set[str]:
         """Addresses that are built even when the store has them.  Raises RecipeError for one that the selection leaves out."""
@@ -123,7 +128,7 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
 
 
 def _plan_node(node: Node, recipe: Recipe, store: Store, done: Mapping[str, PlannedAction], allowed: bool, refresh: bool) -> PlannedAction:
-    inputs = {name: done[address] for name, address in node.inputs.items()}
+    inputs = {name: done[address] for name, address in node.inputs.items() if address in done}  # what is left out may be done without
     pending = [a for a in inputs.values() if a.status != "HIT"]
     if pending:
         return _plan_pending(node, recipe, store, pending, allowed)

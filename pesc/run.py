@@ -200,7 +200,7 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
     _ask_preflights(recipe, plan)
     graph = build_graph(recipe)
     refs: dict[str, ArtifactRef] = {}
-    holes: set[str] = set()
+    holes = graph.select(selection.without) if selection.without else set()
     refreshed = selection.refreshed(graph)
     reasons = {action.address: action.reason for action in plan}
     for group in _independent(node for node in graph.nodes if node.address in reasons):

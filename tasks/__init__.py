@@ -3,10 +3,13 @@
 What it is
     cluster.py      a stage's shards on Dask or Ray
     table.py        stage name -> task
-    execution.py    the shared body: call a task on a job, build or open, show how far it is
+    execution.py    the shared body: call a task on a job, show how far it is and what came of it
+    runner.py       who builds what a task is for: this machine, or (flows/dispatch.py) a flow run elsewhere
+    retries.py      which failures are tried again
+    patience.py     how long a server that does not answer is waited for
     policy.py       Prefect's cache key and record, tied to the store
     reporting.py    manifests and plans as artifacts of the Prefect UI
-    download.py ... report.py    one task each: its retries, nothing else
+    download.py ... report.py    one task each
 
 Key contracts
 - The store is the one truth. Prefect's cache record lies inside the action's directory, is removed when the store misses the action,
@@ -14,7 +17,9 @@ Key contracts
 - A task returns an `ArtifactRef` of under 1 KB, never data.
 - A stage's processes are started by the main thread alone (`pesc.launch`): only it receives a cancellation. So a stage's task is called
   directly; benchmarks that run at the same time are submitted to threads, which hand their jobs to the main thread and wait
-  (`execution.py`). A stage's shards may be submitted to a cluster's task runner (`cluster.py`).
+  (`runner.py`). A stage's shards may be submitted to a cluster's task runner (`cluster.py`).
+- A failure is tried again for its class alone: trouble of a network, or a machine that was taken away.
+- A view of the UI that cannot be written is a warning, and is not waited for while something is being built.
 - Where the store is, is decided at each call and never at import.
 
 Never: mathematics, data, or a decision about what runs; those are in `pesc`.

@@ -1,40 +1,41 @@
 """The body that all stage tasks share.
 
-outcome = run_job(train, job, store)        # in a flow, in the main thread
+outcome = run_job(train, job, store, runner)        # in a flow, in the main thread
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import Any
 
 from prefect import Task, get_run_logger
-from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectConcurrentFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from pesc.build import Job, OpenShards, Outcome, build_or_open
-from pesc.errors import InterruptedStageError, PescError, StoreError
-from pesc.launch.side_by_side import SideBySide
+from pesc.build import Job, Outcome
+from pesc.errors import PescError, StoreError
 from pesc.pipeline import stage_named
 from pesc.stage import Progress
 from pesc.store import ArtifactRef, Store
 from tasks.cluster import open_shards
+from tasks.patience import impatient
 from tasks.policy import StagePolicy
 from tasks.reporting import ProgressReport, publish_result, publish_routing, publish_training
+from tasks.retries import DELAYS_SECONDS, TRIED_AGAIN, WITHOUT_DELAY, retry_on, retry_options, waiting_by
+from tasks.runner import Build, Inline, Runner
 
 StageTask = Task[[Job, str], ArtifactRef]
+_BUILD: ContextVar[Build] = ContextVar("pesc_build")
+"""What a task does with its job."""
 
 
-def stage_task(name: str, **options: Any) -> StageTask:
-    """The task of one stage.  `options` are Prefect's own: retries and their condition."""
+def stage_task(name: str, delays_seconds: tuple[float, ...] = DELAYS_SECONDS, **options: Any) -> StageTask:
+    """The task of one stage; tried again after `delays_seconds` when its error is worth it (`tasks.retries`)."""
     stage = stage_named(name)
 
     def execute(job: Job, store: str) -> ArtifactRef:
@@ -50,25 +51,30 @@ def stage_task(name: str, **options: Any) -> StageTask:
         persist_result=True,
         result_serializer="json",
         cache_result_in_memory=False,
-        **options,
+        **{**retry_options(*TRIED_AGAIN, delays_seconds=delays_seconds), **options},
     )
 
 
-def run_job(stage: StageTask, job: Job, store: Store) -> Outcome:
+def run_job(stage: StageTask, job: Job, store: Store, runner: Runner = Inline()) -> Outcome:
     """Call a stage's task on a job and say what became of it.  Raises the PescError of a stage that failed."""
-    call = _Call(stage, job, store)
-    call.task(call.job, str(store.root))
+    call = _Call(stage, job, store, runner)
+    token = _BUILD.set(runner.build)
+    try:
+        call.task(call.job, str(store.root))
+    finally:
+        _BUILD.reset(token)
     return call.outcome()
 
 
 class _Call:
     """A job about to be given to its stage's task."""
 
-    def __init__(self, stage: StageTask, job: Job, store: Store) -> None:
-        self._store, self._known = store, None if job.refresh else store.find(job.key.stage, job.fingerprint)
+    def __init__(self, stage: StageTask, job: Job, store: Store, runner: Runner) -> None:
+        self._store, self._runner = store, runner
+        self._known = None if job.refresh else store.find(job.key.stage, job.fingerprint)
         self._started = time.monotonic()
         self.job = job.model_copy(update={"prefect_run": flow_run.get_id()})
-        self.task = stage.with_options(result_storage=store.root)
+        self.task = stage.with_options(result_storage=store.root, retry_condition_fn=retry_on(*runner.tried_again))
         if job.refresh:
             self.task = self.task.with_options(refresh_cache=True)
 
@@ -79,34 +85,34 @@ class _Call:
             raise StoreError(
                 f"{job.label} ended, but its result is not in {self._store.root}. `pesc fsck` says what is missing; then run again."
             )
-        built = self._known is None and (job.refresh or manifest.prefect_run == job.prefect_run)
+        built = self._known is None and (job.refresh or self._runner.made(manifest))
         return Outcome(job.address, manifest.ref, "built" if built else "hit", time.monotonic() - self._started)
 
 
-def run_jobs_at_once(calls: Sequence[tuple[StageTask, Job]], slots: int, store: Store) -> Iterator[tuple[Job, Outcome | PescError]]:
+def run_jobs_at_once(
+    calls: Sequence[tuple[StageTask, Job]], slots: int, store: Store, runner: Runner = Inline()
+) -> Iterator[tuple[Job, Outcome | PescError]]:
     """Call stages' tasks on independent jobs, at most `slots` at a time, in the main thread of a flow; each job with what became of it.
 
-    The tasks run in threads, for Prefect's sake; what they build is built by processes that this thread starts and, when the flow is
-    cancelled, ends.
+    The tasks run in threads, for Prefect's sake; what builds for them is told to stop when the flow is cancelled.
     """
-    desk = _Desk()
-    with ThreadPoolTaskRunner(max_workers=slots) as runner, desk, SideBySide(store, slots) as side:
-        token = _BUILD.set(desk.build)
+    with ThreadPoolTaskRunner(max_workers=slots) as threads, runner.crew(store, slots) as crew:
+        token = _BUILD.set(crew.build)
         try:
-            waiting = {
-                call.job.address: (call, runner.submit(call.task, {"job": call.job, "store": str(store.root)}))
-                for call in (_Call(stage, job, store) for stage, job in calls)
-            }
+            with waiting_by(crew.wait):
+                waiting = {call.job.address: (call, _submit(threads, call, store)) for call in (_Call(*c, store, runner) for c in calls)}
         finally:
             _BUILD.reset(token)
         while waiting:
-            desk.hand_over(side)
-            for job, result in side.step():
-                desk.answer(job, result)
+            crew.turn()
             for address, (call, future) in list(waiting.items()):
                 if future.wrapped_future.done():
                     del waiting[address]
                     yield call.job, _result(call, future)
+
+
+def _submit(threads: ThreadPoolTaskRunner[Any], call: _Call, store: Store) -> PrefectConcurrentFuture[ArtifactRef]:
+    return threads.submit(call.task.with_options(**WITHOUT_DELAY), {"job": call.job, "store": str(store.root)})
 
 
 def _result(call: _Call, future: PrefectConcurrentFuture[ArtifactRef]) -> Outcome | PescError:
@@ -117,78 +123,26 @@ def _result(call: _Call, future: PrefectConcurrentFuture[ArtifactRef]) -> Outcom
         return error
 
 
-class _Desk:
-    """Where tasks in threads leave their jobs for the main thread, and wait.  Leaving the `with` block sends all who wait home."""
-
-    def __init__(self) -> None:
-        self._lock, self._closed = threading.Lock(), False
-        self._new: list[tuple[Job, Callable[[Progress], None], Future[Outcome]]] = []
-        self._taken: dict[str, Future[Outcome]] = {}
-
-    def __enter__(self) -> _Desk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._closed = True
-            waiting = [*self._taken.values(), *(answer for _, _, answer in self._new)]
-        for answer in waiting:
-            answer.set_exception(InterruptedStageError("The run was stopped while this benchmark was under way; run it again to go on."))
-
-    def build(self, _store: Store, job: Job, on_progress: Callable[[Progress], None], _shards: OpenShards) -> Outcome:
-        """For a task's thread: have a job built, and wait for it."""
-        context, answer = copy_context(), Future[Outcome]()
-        with self._lock:
-            if self._closed:
-                raise InterruptedStageError(f"The run was stopped before {job.address} was begun; run it again to go on.")
-            self._new.append((job, lambda progress: context.run(on_progress, progress), answer))
-        return answer.result()
-
-    def hand_over(self, side: SideBySide) -> None:
-        """For the main thread: start what has been left."""
-        with self._lock:
-            new, self._new = self._new, []
-            self._taken |= {job.fingerprint: answer for job, _, answer in new}
-        for job, on_progress, _ in new:
-            side.add(job, on_progress)
-
-    def answer(self, job: Job, result: Outcome | PescError) -> None:
-        """For the main thread: tell the thread that waits."""
-        with self._lock:
-            answer = self._taken.pop(job.fingerprint)
-        if isinstance(result, PescError):
-            answer.set_exception(result)
-        else:
-            answer.set_result(result)
-
-
-Build = Callable[[Store, Job, Callable[[Progress], None], OpenShards], Outcome]
-_BUILD: ContextVar[Build] = ContextVar("pesc_build", default=build_or_open)
-"""What a task does with its job: build it here, or have the main thread do it."""
-
-
 def _execute(job: Job, store: Store) -> ArtifactRef:
-    outcome = _BUILD.get()(store, job, ProgressReport(job, get_run_logger()), open_shards)
+    report = ProgressReport(job, get_run_logger())
+
+    def on_progress(progress: Progress) -> None:
+        with impatient():
+            report(progress)
+
+    outcome = _BUILD.get()(store, job, on_progress, open_shards)
     if outcome.how == "built":
-        publish_result(store, outcome)
-        if outcome.ref.stage == "train":
-            publish_training(store, outcome)
-        elif outcome.ref.stage == "routing":
-            publish_routing(store, outcome)
+        with impatient():
+            _show(store, outcome)
     return outcome.ref
 
 
-def retry_on(*kinds: type[PescError]) -> Callable[[Any, TaskRun, State], bool]:
-    """A retry condition: the task failed with one of these errors.  Prefect asks it only while tries are left."""
-
-    def condition(_task: Any, task_run: TaskRun, state: State) -> bool:
-        error = state.result(raise_on_failure=False)
-        if isinstance(error, kinds):
-            get_run_logger().warning("%s: %s It will be tried again.", task_run.name, error)
-            return True
-        return False
-
-    return condition
+def _show(store: Store, outcome: Outcome) -> None:
+    publish_result(store, outcome)
+    if outcome.ref.stage == "train":
+        publish_training(store, outcome)
+    elif outcome.ref.stage == "routing":
+        publish_routing(store, outcome)
 
 
 @contextmanager

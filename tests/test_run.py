@@ -294,6 +294,24 @@ def test_a_benchmark_that_dies_leaves_a_hole_and_the_rerun_fills_it(fakes, store
     assert outcomes["report"].ref.fingerprint != report.fingerprint
 
 
+def test_a_report_is_built_without_benchmarks_that_are_known_to_have_no_result(fakes, store, tiny_recipe):
+    recipe = tiny_recipe()
+    fakes.FAIL_AT.add("evaluate[pesc/quiz]")
+    with pytest.raises(HolesError) as caught:
+        run_recipe(recipe, store)
+    made = caught.value.finished["report"].ref
+    assert {a.address: a.status for a in make_plan(recipe, store, Selection(only=("report",)))}["report"] == "BLOCKED"
+    alone = Selection(only=("report",), without=("evaluate[pesc/quiz]",))
+    plan = {action.address: action for action in make_plan(recipe, store, alone)}
+    assert plan["report"].fingerprint == made.fingerprint, "the same as a run makes that has met the failure"
+    assert "evaluate[pesc/quiz]" not in plan
+    fakes.CALLS.clear()
+    assert run_recipe(recipe, store, alone)["report"].ref == made
+    assert fakes.CALLS == []
+    with pytest.raises(RecipeError, match=r"merge\[pesc\] is no benchmark: nothing can do without it"):
+        make_plan(recipe, store, Selection(only=("report",), without=("merge[pesc]",)))
+
+
 def test_every_sentence_of_several_failures_is_told_and_a_report_of_nothing_is_not_made(fakes, store, tiny_recipe):
     fakes.FAIL_AT |= {"evaluate[pesc/quiz]", "evaluate[qlora/quiz]"}
     with pytest.raises(HolesError) as caught:

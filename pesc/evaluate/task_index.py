@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pesc.errors import EvaluationError
+from pesc.errors import EvaluationError, TransientEvaluationError
 from pesc.evaluate.config import BenchmarkConfig
 from pesc.evaluate.tasks import FOLDER
 
@@ -175,6 +176,16 @@ def _override(manager: TaskManager, name: str, files: Mapping[str, str], config:
     return yaml.safe_dump(override, sort_keys=True) + "custom_dataset: !function pesc.evaluate.tasks.rows.load_rows\n"
 
 
+def _may_pass(error: OSError) -> bool:
+    """Whether it is the network's or the hub's trouble, and not a wrong name, a missing right or this machine's disk."""
+    if isinstance(error, FileNotFoundError) or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status == 429 or status >= 500
+    return isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None
+
+
 @contextmanager
 def explained(task: str, local: bool) -> Iterator[None]:
     """Turn what loading a task can raise into one sentence."""
@@ -194,7 +205,7 @@ def explained(task: str, local: bool) -> Iterator[None]:
             f"Task {task} cannot use the rows of {where} ({type(error).__name__}: {_first_line(error)}); compare their fields with the task's."
         ) from error
     except OSError as error:
-        raise EvaluationError(
+        raise (TransientEvaluationError if _may_pass(error) else EvaluationError)(
             f"The items of task {task} cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)}); "
             "connect this machine, or give the benchmark a source with files."
         ) from error

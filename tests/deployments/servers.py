@@ -234,6 +234,10 @@ class PrefectServer:
         """Change an object: `server.patch("work_pools/gpu", {"concurrency_limit": 3})`."""
         return self._ask("PATCH", path, body)
 
+    def delete(self, path: str) -> None:
+        """Delete an object: `server.delete("automations/ID")`."""
+        self._ask("DELETE", path, None)
+
     def wait_for_state(self, flow_run: str, *types: str, seconds: float = 120) -> dict[str, Any]:
         """The flow run, once its state is of one of the types (COMPLETED, FAILED ...)."""
 

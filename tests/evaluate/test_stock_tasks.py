@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from pesc.errors import EvaluationError
+from pesc.errors import EvaluationError, TransientError
 from pesc.evaluate import harness
 from pesc.evaluate.config import BenchmarkConfig
 from pesc.evaluate.results import read_result, read_samples
-from pesc.evaluate.task_index import load_tasks
+from pesc.evaluate.task_index import explained, load_tasks
 from tests.evaluate.builders import context
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -107,3 +107,36 @@ def test_a_file_with_some_subjects_is_not_asked_as_all(tmp_path, task):
     config = BenchmarkConfig(task=task, metric="acc", num_fewshot=5, source="x", files={"test": "test.jsonl", "dev": "dev.jsonl"})
     with pytest.raises(EvaluationError, match=r"has no row of \w+ in its column subject \(3 of 57 subsets are there\)"):
         load_tasks(config, data, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (ConnectionError("refused"), True),
+        (TimeoutError("timed out"), True),
+        (OSError("no route"), True),
+        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError("there is no such data set"), False),
+    ],
+)
+def test_only_trouble_of_the_network_may_pass(monkeypatch, error, may_pass):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(EvaluationError, match="cannot be fetched from the hub") as caught, explained("boolq", local=False):
+        raise error
+    assert isinstance(caught.value, TransientError) is may_pass
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EvaluationError) as caught, explained("boolq", local=False):
+        raise error
+    assert not isinstance(caught.value, TransientError)
+
+
+@pytest.mark.parametrize(("status", "may_pass"), [(429, True), (503, True), (401, False), (404, False)])
+def test_the_hub_s_answer_says_whether_it_may_pass(monkeypatch, status, may_pass):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    class HubError(OSError):
+        response = type("Answer", (), {"status_code": status})()
+
+    with pytest.raises(EvaluationError) as caught, explained("boolq", local=False):
+        raise HubError("what the hub said")
+    assert isinstance(caught.value, TransientError) is may_pass

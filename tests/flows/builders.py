@@ -7,6 +7,11 @@ import json
 from pesc.stage import BuildResult, StageContext
 
 
+def file_name(address: str) -> str:
+    """`evaluate-pesc-quiz` for evaluate[pesc/quiz]."""
+    return address.replace("[", "-").replace("/", "-").rstrip("]")
+
+
 def build_report(ctx: StageContext) -> BuildResult:
     """The files that a report has."""
     (ctx.out / "report.md").write_text("| benchmark | pesc | qlora |\n| --- | --- | --- |\n| quiz | 61.0 | 60.5 |\n")

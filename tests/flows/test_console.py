@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import console
 from pesc.errors import DataError
@@ -65,6 +66,13 @@ def test_a_server_that_does_not_answer_is_a_sentence(recipe_file, tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("pesc: No Prefect server answers at http://127.0.0.1:9/api. Start it")
     assert "Traceback" not in done.stderr
+
+
+def test_dispatching_needs_the_server_of_the_workers(recipe_file, store, monkeypatch, capsys):
+    with temporary_settings({PREFECT_API_URL: None}):
+        code, _, err = call(monkeypatch, capsys, recipe_file, "--store", str(store.root), "--dispatch")
+    assert code == 1
+    assert err == "pesc: --dispatch needs the Prefect server that the workers know: set PREFECT_API_URL to its API.\n"
 
 
 def test_the_terminal_shows_our_records_and_other_people_s_warnings():

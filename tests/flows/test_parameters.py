@@ -10,7 +10,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows import stages
-from flows.parameters import ExecutionSettings, RecipeSettings, as_overrides, stage_settings
+from flows.parameters import ExecutionSettings, RecipeSettings, StageDeployments, as_overrides, chosen_deployments, stage_settings
 from flows.pipeline import pipeline
 from pesc.pipeline import STAGE_NAMES
 from pesc.recipe import load_recipe, recipe_names
@@ -61,3 +61,13 @@ def test_the_form_describes_every_parameter_and_is_closed(flow):
     jsonschema.validate({"recipe": "demo"}, document)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"settings": {"no_such_setting": {"x": 1}}, "recipe": "demo", "nor_this": 1}, document)
+
+
+def test_deployments_are_chosen_by_stage_and_a_wrong_stage_is_refused():
+    chosen = chosen_deployments(StageDeployments(train="h100", mix="elsewhere/big"))
+    assert chosen["train"] == "train/h100"
+    assert chosen["mix"] == "elsewhere/big"
+    assert {name: chosen[name] for name in ("evaluate", "report")} == {"evaluate": "evaluate/gpu", "report": "report/cpu"}
+    assert chosen_deployments(None).keys() == set(STAGE_NAMES)
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        StageDeployments.model_validate({"trane": "h100"})

@@ -5,12 +5,11 @@ import time
 
 import pytest
 from prefect import flow
-from prefect.states import Failed
 
 from pesc.build import make_job
-from pesc.errors import DataError, PreemptedError, SourceError, StoreError, TransientSourceError
+from pesc.errors import StoreError
 from pesc.pipeline import STAGE_NAMES, build_graph
-from tasks.execution import library_records, retry_on, run_job
+from tasks.execution import library_records, run_job
 from tasks.table import TASKS
 
 
@@ -18,57 +17,6 @@ def test_every_stage_has_a_task_of_its_own():
     assert tuple(TASKS) == STAGE_NAMES
     assert [task.name for task in TASKS.values()] == list(STAGE_NAMES)
     assert len({task.task_key for task in TASKS.values()}) == len(STAGE_NAMES)
-
-
-def test_only_train_and_download_are_tried_again():
-    assert {name for name, task in TASKS.items() if task.retries} == {"download", "train"}
-
-
-@pytest.mark.parametrize(
-    ("error", "again"),
-    [(TransientSourceError("HTTP 503."), True), (SourceError("no such repository."), False), (ValueError("a defect"), False)],
-)
-def test_a_download_is_tried_again_only_when_the_source_may_answer(error, again, monkeypatch):
-    said = []
-    monkeypatch.setattr("tasks.execution.get_run_logger", lambda: type("Log", (), {"warning": lambda _s, *a: said.append(a)})())
-
-    class Run:
-        name = "download[rows] tiny"
-
-    assert retry_on(TransientSourceError)(None, Run(), Failed(data=error)) is again
-    assert bool(said) is again
-
-
-@pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize(("kinds", "tries"), [([PreemptedError, PreemptedError, None], 3), ([DataError], 1)])
-def test_training_that_was_preempted_is_tried_again_and_an_error_is_not(fakes, store, tiny_recipe, monkeypatch, kinds, tries):
-    from tests import fake_stages
-
-    attempts = []
-    build = fake_stages.build
-
-    def flaky(ctx):
-        attempts.append(ctx.address)
-        if kind := kinds[len(attempts) - 1]:
-            raise kind("train was stopped from outside (SIGTERM); run it again.")
-        return build(ctx)
-
-    monkeypatch.setattr(fake_stages, "build", flaky)
-    recipe = tiny_recipe()
-    node = build_graph(recipe).by_address["download[base]"]
-    job = make_job(node, recipe, {})
-    train = TASKS["train"].with_options(retry_delay_seconds=0)
-
-    @flow
-    def alone():
-        return run_job(train, job, store)
-
-    if tries == 1:
-        with pytest.raises(DataError):
-            alone()
-    else:
-        assert alone().how == "built"
-    assert len(attempts) == tries
 
 
 @pytest.mark.usefixtures("prefect_server")
