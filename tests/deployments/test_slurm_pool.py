@@ -80,6 +80,29 @@ def test_a_run_that_is_cancelled_saves_and_its_step_is_gone(server, tmp_path):
     assert not any(is_locked(path) for path in store.root.glob("work/*/*"))
 
 
+def test_a_worker_that_is_told_to_stop_lets_its_step_save_and_say_so(server, tmp_path):
+    store = Store(tmp_path / "store")
+    run, rank = start_run(server, store)
+    server.worker.send_signal(signal.SIGTERM)
+    assert server.worker.wait(60) == 0
+    assert saved(store)
+    assert not alive(rank)
+    assert queue(server) == []
+    assert server.wait_for_state(run, "CRASHED", "FAILED", "CANCELLED", seconds=10)["state_type"] == "CRASHED"
+    server.worker = server.start(*OURS, "--pool", "cpu", cwd=ROOT)
+
+
+def test_slurms_own_signal_lets_a_step_save(server, tmp_path):
+    """A time limit and a preemption end a step so."""
+    store = Store(tmp_path / "store")
+    run, rank = start_run(server, store)
+    server.run("scancel", f"--name=pesc-{run}")
+    assert server.wait_for_state(run, "CRASHED", "FAILED", "CANCELLED", seconds=60)["state_type"] == "CRASHED"
+    wait_for(lambda: not queue(server), 60, "the step to end")
+    assert saved(store)
+    assert not alive(rank)
+
+
 def test_a_step_whose_launcher_is_killed_is_ended(server, tmp_path):
     store = Store(tmp_path / "store")
     run, rank = start_run(server, store)

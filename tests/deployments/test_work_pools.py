@@ -16,6 +16,7 @@ import pytest
 from docker.models.containers import _create_container_args
 from prefect.client.schemas.objects import FlowRun
 from prefect.server.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import is_valid_schema
 from prefect.workers.process import ProcessWorker
 
@@ -29,7 +30,8 @@ TYPES = ["process", "docker", "kubernetes", "slurm"]
 def environment(monkeypatch):
     monkeypatch.setenv("PESC_HOME", "/srv/pesc")
     monkeypatch.setenv("PESC_STORE", "/srv/store")
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        yield
 
 
 def worker_class(kind):
@@ -229,7 +231,7 @@ def test_the_schema_of_kubernetes_refuses_a_field_that_does_not_exist():
 def test_a_slurm_run_is_a_step_that_asks_for_what_it_needs():
     configuration = configured("slurm", gpus="h100:8", partition="gpu", time_limit="2-00:00:00", python="/opt/pesc/.venv/bin/python")
     python = "/opt/pesc/.venv/bin/python"
-    assert configuration.command == f"{python} -m deployments.slurm_step -- {python} -m prefect.engine"
+    assert configuration.command == f"{python} -m deployments.slurm_step -- {python} -m prefect flow-run execute"
     asked = {name: value for name, value in configuration.env.items() if name.startswith(("SLURM_", "SRUN_"))}
     assert asked == {
         "SLURM_GPUS_PER_NODE": "h100:8", "SLURM_PARTITION": "gpu", "SLURM_TIMELIMIT": "2-00:00:00", "SLURM_MEM_PER_NODE": "32G",

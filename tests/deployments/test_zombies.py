@@ -1,0 +1,76 @@
+"""A machine that goes away under its run: the automation of bootstrap marks it Crashed, lets a living one alone, and the same run again begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import yaml
+
+from pesc.store import Store
+from tests.deployments.servers import ROOT, prefect, wait_for
+from tests.deployments.test_worker import OURS, alive, start_run, worker_process
+from tests.fake_stages import tiny_recipe_dict
+
+__all__ = ["prefect"]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+HEARTBEAT_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def server(prefect):
+    """A bootstrapped server whose runs give a sign of life every 30 seconds, and the flow `saving`."""
+    server = prefect
+    server.environment["PESC_STORE"] = str(server.folder / "store")
+    fleet = server.folder / "fleet.yaml"
+    fleet.write_text(yaml.safe_dump({"heartbeat_seconds": HEARTBEAT_SECONDS}))
+    server.run(sys.executable, "-m", "deployments.bootstrap", "--fleet", str(fleet))
+    server.recipe = server.folder / "tiny.yaml"
+    server.recipe.write_text(yaml.safe_dump(tiny_recipe_dict(server.folder / "sources")))
+    steps = server.folder / "prefect.yaml"
+    steps.write_text(yaml.safe_dump({"pull": [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]}))
+    server.prefect(
+        "--no-prompt", "deploy", "tests/deployments/programs.py:saving", "--name", "cpu", "--pool", "cpu", "--prefect-file", str(steps)
+    )
+    return server
+
+
+def children(pid: int) -> list[int]:
+    """Child processes."""
+    with open(f"/proc/{pid}/task/{pid}/children") as listing:
+        return [int(word) for word in listing.read().split()]
+
+
+def test_a_run_whose_machine_is_gone_is_crashed_and_one_that_lives_is_not(server, tmp_path):
+    doomed, living = Store(tmp_path / "doomed"), Store(tmp_path / "living")
+    first = server.start(*OURS, "--pool", "cpu", "--limit", "1", cwd=ROOT)
+    gone, rank = start_run(server, doomed)
+    server.start(*OURS, "--pool", "cpu", "--limit", "1", cwd=ROOT)
+    healthy, other_rank = start_run(server, living)
+    time.sleep(5)  # the first heartbeat is with the server
+    worker = worker_process(first.pid)
+    (flow,) = children(worker)
+    for pid in (first.pid, worker, flow):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (flow, worker, first.pid):
+        os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    assert server.get(f"flow_runs/{gone}")["state_type"] == "RUNNING"  # nobody is left who could say so
+    run = server.wait_for_state(gone, "CRASHED", seconds=4 * HEARTBEAT_SECONDS + 60)
+    assert time.monotonic() - begin > 2 * HEARTBEAT_SECONDS
+    assert run["state"]["message"].startswith("No sign of life for 90 s: the worker or its machine is gone.")
+    wait_for(lambda: not alive(rank), 30, "the rank to end")
+
+    time.sleep(HEARTBEAT_SECONDS)
+    assert server.get(f"flow_runs/{healthy}")["state_type"] == "RUNNING"
+    assert alive(other_rank)
+    (doomed.root / next(doomed.root.glob("work/download/*/rank.pid"))).unlink()
+    server.prefect("flow-run", "cancel", healthy)
+    again, new_rank = start_run(server, doomed)
+    assert new_rank != rank
+    assert server.get(f"flow_runs/{again}")["state_type"] == "RUNNING"
+    server.prefect("flow-run", "cancel", again)
+    server.wait_for_state(again, "CANCELLED")
