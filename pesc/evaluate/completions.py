@@ -156,4 +156,4 @@ def _said(text: str) -> str:
         message = found["error"]["message"] if isinstance(found.get("error"), dict) else found["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
         message = text
-    return " ".join(str(message).split())[:500]
+    return " ".join(str(message).split())[:500].rstrip(".")
