@@ -12,6 +12,7 @@ Imported only inside a stage's process.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -62,6 +63,7 @@ class CompletionsLM(_Base):
             max_length=max_positions, max_gen_toks=MAX_GEN_TOKS, seed=seed, num_concurrent=max(2, concurrent), max_retries=1, timeout=SECONDS,
         )  # fmt: skip
         self._repeats: Counter[str] = Counter()
+        self._error: Exception | None = None
 
     def tok_encode(
         self, string: str | Sequence[str], left_truncate_len: int | None = None, add_special_tokens: bool | None = None, truncation: bool = False,
@@ -109,26 +111,43 @@ class CompletionsLM(_Base):
             payload |= {"return_token_ids": True, "logprobs": 0}
         return payload
 
-    async def amodel_call(
-        self, session: Any, sem: Any, messages: Any, *, generate: bool = True, cache_keys: Any = None, ctxlens: Any = None, gen_kwargs: Any = None,
-        **_others: Any,
-    ) -> list[Any]:  # fmt: skip
-        """Ask for one answer.  Raises RefusedError and NotFiniteError, and aiohttp's errors when nobody answers."""
+    async def get_batched_requests(self, *arguments: Any, **settings: Any) -> list[Any]:
+        """Answers of one chunk, asked at the same time.  Raises what went wrong first, when every request has come to an end."""
+        self._error = None
+        answers = await super().get_batched_requests(*arguments, **settings)
+        if self._error is not None:
+            raise self._error
+        return answers
+
+    async def amodel_call(self, session: Any, sem: Any, messages: Any, **settings: Any) -> list[Any]:
+        """One answer; None after an error, which is kept: raised here, it would leave its neighbours' behind in asyncio's log."""
+        async with sem:
+            if self._error is None:
+                try:
+                    return [await self._ask(session, messages, **settings)]
+                except Exception as error:
+                    self._error = self._error or error
+        return [None]
+
+    async def _ask(
+        self, session: Any, messages: Any, *, generate: bool = True, cache_keys: Any = None, ctxlens: Any = None, gen_kwargs: Any = None, **_others: Any
+    ) -> Any:  # fmt: skip
+        """Raises RefusedError and NotFiniteError, and aiohttp's errors when nobody answers."""
         seed = self._seed
         if generate:
             seed += self._repeats[cache_keys[0][0]]  # a prompt that is asked several times is sampled anew each time
             self._repeats[cache_keys[0][0]] += 1
-        payload = self._create_payload(messages, generate=generate, gen_kwargs=json.loads(json.dumps(gen_kwargs)), seed=seed)
-        async with sem, session.post(self.base_url, json=payload) as response:
+        payload = self._create_payload(messages, generate=generate, gen_kwargs=copy.deepcopy(gen_kwargs), seed=seed)
+        async with session.post(self.base_url, json=payload) as response:
             text = await response.text()
         if response.status != 200:
             if any(sign in text for sign in _NOT_JSON):
                 raise NotFiniteError
             raise RefusedError(f"{response.status} {_said(text)}")
         outputs = json.loads(text)
-        if not generate:
-            return self.parse_logprobs(outputs, tokens=messages, ctxlens=ctxlens)
-        return [self._read(outputs["choices"][0], *cache_keys[0])]
+        if generate:
+            return self._read(outputs["choices"][0], *cache_keys[0])
+        return self.parse_logprobs(outputs, tokens=messages, ctxlens=ctxlens)[0]
 
     def _read(self, choice: Mapping[str, Any], prompt: str, settings: Mapping[str, Any]) -> str:
         """The text of a generation, as `hf` makes it of the same tokens."""

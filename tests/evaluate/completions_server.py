@@ -128,7 +128,7 @@ PROCESS = '''
             time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
             values = [None]
             for token in body["prompt"][0]:
-                values.append(-hashlib.sha256(str((values, token)).encode()).digest()[0] / 64)
+                values.append(-hashlib.sha256(str((values, token)).encode()).digest()[0] / 64 - 0.5)
             choice = {"index": 0, "logprobs": {"token_logprobs": values, "top_logprobs": [value and {"x": value} for value in values]}}
             data = json.dumps({"choices": [choice]}).encode()
             self.send_response(200)
