@@ -124,7 +124,7 @@ PROCESS = '''
                     print("RuntimeError: CUDA error: an illegal memory access was encountered", flush=True)
                     os._exit(1)
                 with open(os.environ["FAKE_ASKED"], "a") as file:
-                    file.write(json.dumps(body["prompt"]) + "\\\\n")
+                    file.write(json.dumps(body["prompt"]) + "\\n")
             time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
             values = [None]
             for token in body["prompt"][0]:

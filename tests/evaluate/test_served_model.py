@@ -182,6 +182,7 @@ def test_a_server_that_ends_half_way_leaves_its_answers_and_the_next_run_asks_th
     whole = _auto(tmp_path / "whole", config, model_dir, data_dir)
     harness.build(whole)
     total = _lines(fake)
+    assert total == sum(len(options) for _, options, _ in QUESTIONS)
     fake.unlink()
 
     monkeypatch.setenv("FAKE_ENDS_AFTER", str(total // 2))
