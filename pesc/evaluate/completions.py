@@ -44,6 +44,10 @@ _NOT_JSON = ("not JSON compliant", "NaN")
 class RefusedError(Exception):
     """The server answered a request with an error.  `str()` is what it said."""
 
+    def __init__(self, status: int, said: str):
+        super().__init__(f"{status} {said}")
+        self.status = status
+
 
 class CompletionsLM(_Base):
     """lm-eval's model behind `url`, whose prompts, windows and texts are those of the Hugging Face one.
@@ -143,7 +147,7 @@ class CompletionsLM(_Base):
         if response.status != 200:
             if any(sign in text for sign in _NOT_JSON):
                 raise NotFiniteError
-            raise RefusedError(f"{response.status} {_said(text)}")
+            raise RefusedError(response.status, _said(text))
         outputs = json.loads(text)
         if generate:
             return self._read(outputs["choices"][0], *cache_keys[0])

@@ -139,7 +139,8 @@ class ServedLM(ChunkedAnswers, CompletionsLM):
     def _why(self, task: str | None, error: Exception) -> str:
         assert self._server is not None
         kept = "What was answered before is kept: run the stage again."
-        if ended := self._server.failure(_LAST_WORDS_SECONDS):
+        lives = isinstance(error, RefusedError) and error.status < 500
+        if not lives and (ended := self._server.failure(_LAST_WORDS_SECONDS)):
             return f"The server of engine vllm ended in the middle of task {task}: {ended} {kept}"
         if isinstance(error, RefusedError):
             return f"The server of engine vllm refused a request of task {task}: {error}. Set engine: transformers for this benchmark."
