@@ -39,6 +39,8 @@ _EMPTY = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1}
 """Settings that ask for nothing where they have this value."""
 _NOT_JSON = ("not JSON compliant", "NaN")
 """What a server says that was to write a number that is none."""
+_MINUS_INFINITY = -9999.0
+"""What vLLM writes for a log-probability of minus infinity."""
 
 
 class RefusedError(Exception):
@@ -67,6 +69,7 @@ class CompletionsLM(_Base):
             max_length=max_positions, max_gen_toks=MAX_GEN_TOKS, seed=seed, num_concurrent=max(2, concurrent), max_retries=1, timeout=SECONDS,
         )  # fmt: skip
         self._repeats: Counter[str] = Counter()
+        self._room = max_positions
         self._error: Exception | None = None
 
     def tok_encode(
@@ -145,12 +148,14 @@ class CompletionsLM(_Base):
         async with session.post(self.base_url, json=payload) as response:
             text = await response.text()
         if response.status != 200:
-            if any(sign in text for sign in _NOT_JSON):
+            if response.status >= 500 and any(sign in text for sign in _NOT_JSON):
                 raise NotFiniteError
             raise RefusedError(response.status, _said(text))
         outputs = json.loads(text)
         if generate:
             return self._read(outputs["choices"][0], *cache_keys[0])
+        if any(value <= _MINUS_INFINITY for value in outputs["choices"][0]["logprobs"]["token_logprobs"][ctxlens[0] : -1]):
+            raise NotFiniteError
         return self.parse_logprobs(outputs, tokens=messages, ctxlens=ctxlens)[0]
 
     def _read(self, choice: Mapping[str, Any], prompt: str, settings: Mapping[str, Any]) -> str:

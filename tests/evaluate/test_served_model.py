@@ -148,7 +148,15 @@ def test_what_the_server_cannot_do_is_a_sentence(tmp_path, model_dir, tiny):
     server.answer = lambda body: (400, {"error": {"message": "This model's maximum\ncontext length is 1."}})
     with pytest.raises(EvaluationError, match=r"refused a request of task t: 400 This model's maximum context length is 1\. Set engine"):
         second.loglikelihood(_instances("loglikelihood", [("The sun", " rises")]))
+    values = [None, *[-1.0] * 30, -9999.0, -1.0]
+    server.answer = lambda body: (200, {"choices": [_echo(values[: 1 + len(body["prompt"][0]) - 2] + values[-2:])]})
+    with pytest.raises(EvaluationError, match="logits are not finite numbers"):
+        second.loglikelihood(_instances("loglikelihood", [("The sun", " rises")]))
     second.close()
+
+
+def _echo(values):
+    return {"index": 0, "logprobs": {"token_logprobs": values, "top_logprobs": [value and {"x": value} for value in values]}}
 
 
 @pytest.mark.parametrize("make", [choice_config, code_config], ids=["scored", "generated"])
