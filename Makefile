@@ -3,7 +3,7 @@
 #   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
 #   make test    the tests that need no GPU, no hub, and less than 12 minutes
 #   make test-all  the slow ones and the long ones as well: an hour and a half
-#   make test-vllm  `pesc serve` with the real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
+#   make test-vllm  `pesc serve` and engine vllm with the real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
 #   make benchmark  the bars of speed, on a machine that does nothing else
 #   make check   style, types, import rules
 
@@ -46,7 +46,7 @@ $(VLLM)/.installed: Makefile
 	@touch $@
 
 test-vllm: install vllm
-	PESC_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s -m 'vllm and not benchmark' tests/serve
+	PESC_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s -m 'vllm and not benchmark' tests/serve tests/evaluate
 
 benchmark: install
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks

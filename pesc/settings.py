@@ -1,7 +1,7 @@
 """Places and secrets from the environment, read here and nowhere else.
 
 PESC_STORE        directory of the store (default: ./store)
-PESC_VLLM         Python that has vLLM, for `pesc serve` (default: the one that runs)
+PESC_VLLM         Python that has vLLM, for `pesc serve` and `evaluate.engine: vllm` (default: the one that runs)
 PESC_COMMIT       git commit of an image, which has no checkout to ask
 HF_TOKEN          read by huggingface_hub itself; never part of a recipe, a key or a manifest
 """

@@ -87,10 +87,14 @@ class Execution(BaseModel):
     )
     evaluate_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="Requests in one forward pass of an evaluation. auto: many; halved for as long as they do not fit the GPU.",
+        description="Requests in one forward pass of an evaluation (engine vllm: at the same time). auto: many; halved for as long as they do "
+        "not fit the GPU.",
     )
     evaluate_processes: int = Field(
-        default=1, ge=1, description="Processes that share the requests of one benchmark, each with the whole model (on a GPU of its own)."
+        default=1,
+        ge=1,
+        description="Processes that share the requests of one benchmark, each with the whole model (on a GPU of its own). Engine vllm has one "
+        "server, whatever is said here.",
     )
     num_workers: int | None = Field(default=None, ge=1, description="Worker processes or threads of the data stages. Default: one a core.")
     task_runner: Literal["local", "dask", "ray"] = Field(

@@ -2,7 +2,8 @@
 
     harness.py         evaluate[ARM/BENCHMARK]: one lm-eval task of one model      results.py    the schema of what it writes
     task_index.py      finds the task; items from files in place of the hub         tasks/        this package's own tasks
-    language_model.py  lm-eval's Hugging Face model with a journal of answers       sandbox/      runs model-written code
+    language_model.py  engine transformers: lm-eval's Hugging Face model           sandbox/      runs model-written code
+    served_model.py    engine vllm: a server of vLLM's, asked by completions.py     chunked.py    what both share: chunks, journal, marks
     report.py          report: tables, plots and one page                           comparison.py what the numbers allow to say
     baselines/         published figures with their sources                         intervals.py  intervals and tests
     comparability.py   which published figures count, and why others do not         verdict.py    when a difference is one
@@ -19,6 +20,7 @@ examples and how many of the items were asked; a published figure is never calle
 Never: contacts the hub for a benchmark that names a source; runs model-written code outside the sandbox; compares arms on different
 items.
 
-Pitfalls: `limit` holds for each subtask of a group. bf16 log-likelihoods differ in the last digits between machines. Importing this
-package, `config` or `report` loads neither torch nor lm_eval; `harness.build` does.
+Pitfalls: `limit` holds for each subtask of a group. bf16 log-likelihoods differ in the last digits between machines. Engine vllm batches
+requests as they come, so that a near tie may turn from run to run. Importing this package, `config` or `report` loads neither torch nor
+lm_eval; `harness.build` does.
 """

@@ -28,6 +28,12 @@ class BenchmarkConfig(StageConfig):
     apply_chat_template: bool = False
     max_gen_toks: int | None = Field(default=None, gt=0, description="Longest generation in tokens. None: as the task says.")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        exclude_if=lambda engine: engine == "transformers",  # so that the keys and results from before there was a choice stay
+        description="Who computes. vllm: a server of vLLM ($PESC_VLLM), faster at long generations on a GPU; its numbers differ in the "
+        "last digits, hence have a key of their own.",
+    )
     seed: int = Field(default=1234, ge=0)
     baseline: str | None = Field(
         default=None, description="Row of the published figures (pesc/evaluate/baselines/figures.yaml). None: by the task."
@@ -37,7 +43,7 @@ class BenchmarkConfig(StageConfig):
 class EvaluateConfig(StageConfig):
     """The benchmarks of a recipe, by the name used in addresses.
 
-    A recipe may also say `suites`, `tasks`, `limit` and `data` (see `pesc.evaluate.suites`); they are turned into benchmarks when it is
+    A recipe may also say `suites`, `tasks`, `limit`, `engine` and `data` (see `pesc.evaluate.suites`); they are turned into benchmarks when it is
     read.
     """
 

@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
     from pesc.evaluate.language_model import JournaledLM
+    from pesc.evaluate.served_model import ServedLM
 
 logger = logging.getLogger(__name__)
 JOURNAL = "answers.jsonl"
@@ -61,14 +62,11 @@ def build(ctx: StageContext) -> BuildResult:
         apply_settings(config, loaded)
         _require_sandbox(loaded)
         _require_chat_template(config, ctx.inputs["model"])
-        if ctx.execution.evaluate_processes > 1:
-            from pesc.evaluate.rank import answer_in_processes
-
-            answer_in_processes(ctx)
-        model = load_model(ctx, ctx.work / JOURNAL, ctx.work.glob("answers-*.jsonl"))
-        loading = time.perf_counter() - started
-        raw = evaluate_tasks(config, model, loaded)
-    result, samples = summarise(config, loaded, raw, describe_model(model), _template_digest(config, model), model.marks)
+        with contextlib.closing(_engine(ctx)) as model:
+            loading = time.perf_counter() - started
+            raw = evaluate_tasks(config, model, loaded)
+    result, samples = summarise(config, loaded, raw, model.facts(), _template_digest(config, model), model.marks)
+    result = result.model_copy(update={"engine_version": model.engine_version})
     _warn_of_marks(ctx.address, result)
     write_results(ctx.out, result, samples)
     seconds = time.perf_counter() - started
@@ -76,10 +74,11 @@ def build(ctx: StageContext) -> BuildResult:
     metrics = {
         "value": result.value, "stderr": result.stderr, "items": result.num_items, "seconds": round(seconds, 2), "loading_seconds": round(loading, 2),
         "dispatch": export_choices(),
-        "items_per_second": round(result.num_items / max(seconds - loading, 1e-9), 3), "device": str(model.device), "batch_size": int(model.batch_size),
+        "items_per_second": round(result.num_items / max(seconds - loading, 1e-9), 3), **model.measurements(),
     }  # fmt: skip
     metrics |= {"truncated": result.num_truncated, "cut_prompts": result.num_cut_prompts}
-    return BuildResult(metrics=metrics, provenance={"lm_eval": result.lm_eval_version, "task_hash": result.task_hash})
+    engine = {"engine": result.engine_version} if result.engine_version else {}
+    return BuildResult(metrics=metrics, provenance={"lm_eval": result.lm_eval_version, "task_hash": result.task_hash, **engine})
 
 
 @contextlib.contextmanager
@@ -141,6 +140,40 @@ def _require_chat_template(config: BenchmarkConfig, model: Path) -> None:
         )
 
 
+def _engine(ctx: StageContext) -> JournaledLM | ServedLM:
+    """What answers.  With several processes they have answered already, and what is given finds their answers."""
+    if ctx.config.engine == "vllm":
+        return serve_model(ctx)
+    if ctx.execution.evaluate_processes > 1:
+        from pesc.evaluate.rank import answer_in_processes
+
+        answer_in_processes(ctx)
+    return load_model(ctx, ctx.work / JOURNAL, ctx.work.glob("answers-*.jsonl"))
+
+
+def serve_model(ctx: StageContext) -> ServedLM:
+    """The model behind vLLM's server, with its journal.  One server answers, whatever `evaluate_processes` says: it batches by itself."""
+    from pesc.evaluate.served_model import load_served_model
+    from pesc.models import register
+    from pesc.settings import vllm_python
+
+    register()
+    ctx.work.mkdir(parents=True, exist_ok=True)
+    return load_served_model(
+        ctx.inputs["model"], device=ctx.execution.device, dtype=ctx.config.dtype, batch_size=ctx.execution.evaluate_batch_size,
+        seed=ctx.config.seed, python=vllm_python(), work=ctx.work, on_progress=_reporter(ctx),
+    )  # fmt: skip
+
+
+def _reporter(ctx: StageContext) -> Callable[[int, int, str], None]:
+    names = {"loglikelihood": "scored", "loglikelihood_rolling": "scored", "generate_until": "generated"}
+
+    def report(done: int, total: int, kind: str) -> None:
+        ctx.progress(done, total, unit="requests", message=f"{ctx.config.task}: {names[kind]}")
+
+    return report
+
+
 def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), share: tuple[int, int] = (0, 1)) -> JournaledLM:
     """The model with its journal.  others: journals that are only read.  share: see `JournaledLM`."""
     from pesc.evaluate.journal import Journal
@@ -149,11 +182,6 @@ def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), sh
     from pesc.models.placement import choose_device
 
     register()
-    names = {"loglikelihood": "scored", "loglikelihood_rolling": "scored", "generate_until": "generated"}
-
-    def report(done: int, total: int, kind: str) -> None:
-        ctx.progress(done, total, unit="requests", message=f"{ctx.config.task}: {names[kind]}")
-
     ctx.work.mkdir(parents=True, exist_ok=True)
     device, benchmark = choose_device(ctx.execution.device), ctx.address.rpartition("/")[2].rstrip("]")
     warning = slow_bfloat16_sentence(f"evaluate.benchmarks.{benchmark}.dtype")
@@ -161,11 +189,11 @@ def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), sh
         logger.warning(warning)
     return load_language_model(
         ctx.inputs["model"], device=device if share == (0, 1) or device == "cpu" else f"cuda:{share[0]}", dtype=ctx.config.dtype,
-        batch_size=ctx.execution.evaluate_batch_size, journal=Journal(journal, sorted(others)), on_progress=report, share=share,
+        batch_size=ctx.execution.evaluate_batch_size, journal=Journal(journal, sorted(others)), on_progress=_reporter(ctx), share=share,
     )  # fmt: skip
 
 
-def evaluate_tasks(config: BenchmarkConfig, model: JournaledLM, loaded: TaskDict) -> Mapping[str, Any]:
+def evaluate_tasks(config: BenchmarkConfig, model: JournaledLM | ServedLM, loaded: TaskDict) -> Mapping[str, Any]:
     """lm-eval's answer.  Raises EvaluationError for settings that lm-eval refuses."""
     import numpy as np
     from lm_eval.evaluator import evaluate
@@ -214,18 +242,7 @@ def _warn_of_marks(address: str, result: BenchmarkResult) -> None:
             logger.warning("%s: %d of %d %s", address, count, result.num_items, what)
 
 
-def describe_model(model: JournaledLM) -> ModelFacts:
-    """Facts of the model's configuration."""
-    settings = model.config.to_dict()
-    text = settings.get("text_config") or settings
-    block = settings.get("pesc")
-    return ModelFacts(
-        kind="pesc" if block else "dense", model_type=str(settings.get("model_type")), parameters=model.model.num_parameters(),
-        hidden_size=text.get("hidden_size"), num_layers=text.get("num_hidden_layers"), pesc=block,
-    )  # fmt: skip
-
-
-def _template_digest(config: BenchmarkConfig, model: JournaledLM) -> str | None:
+def _template_digest(config: BenchmarkConfig, model: JournaledLM | ServedLM) -> str | None:
     template = model.tokenizer.chat_template
     return hashlib.sha256(str(template).encode()).hexdigest() if config.apply_chat_template else None
 

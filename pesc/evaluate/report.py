@@ -150,6 +150,7 @@ def _settings(result: BenchmarkResult) -> dict[str, Any]:
         "chat_template": result.chat_template_sha256 is not None,
         "dtype": result.settings.dtype,
         "seed": result.settings.seed,
+        **({"engine": result.engine_version} if result.engine_version else {}),
     }
 
 

@@ -6,7 +6,7 @@ Nothing in it depends on when or where the evaluation ran. Times and hardware ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,15 @@ class ModelFacts(_Record):
     hidden_size: int | None = None
     num_layers: int | None = None
     pesc: dict[str, Any] | None = Field(None, description="The sparse model's own block: experts, top_k, adapter_dim.")
+
+
+def model_facts(settings: Mapping[str, Any], parameters: int) -> ModelFacts:
+    """Facts of config.json, and the number of parameters."""
+    text, block = settings.get("text_config") or settings, settings.get("pesc")
+    return ModelFacts(
+        kind="pesc" if block else "dense", model_type=str(settings.get("model_type")), parameters=parameters,
+        hidden_size=text.get("hidden_size"), num_layers=text.get("num_hidden_layers"), pesc=block,
+    )  # fmt: skip
 
 
 class Measurement(_Record):
@@ -82,6 +91,9 @@ class BenchmarkResult(_Record):
     model: ModelFacts
     settings: BenchmarkConfig
     lm_eval_version: str
+    engine_version: str | None = Field(
+        None, exclude_if=lambda version: version is None, description="What answered, where it was not transformers: vllm 0.32.0."
+    )
 
     @property
     def is_subset(self) -> bool:

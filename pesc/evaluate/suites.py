@@ -4,6 +4,7 @@
       suites: [pesc-paper, chat]          benchmarks with their settings, from suites.yaml
       tasks: [boolq, lambada_openai]      any tasks of lm-eval, as they are; the name is the task's
       limit: 100                          the first 100 items of each (sub)task, where a benchmark says nothing else
+      engine: vllm                        who computes (transformers or vllm), where a benchmark says nothing else
       data: {mmlu: {source: S, files: {test: a.jsonl, dev: b.jsonl}}}     items of a lm-eval task from files
       benchmarks: {math: {limit: 50}}     own benchmarks, and changes to the ones above
 
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 Rows = dict[str, dict[str, Any]]
-SHORTHAND = ("suites", "tasks", "limit", "data")
+SHORTHAND = ("suites", "tasks", "limit", "engine", "data")
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,7 +34,7 @@ def read_suites() -> dict[str, Rows]:
 
 
 def expand(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """An `evaluate` block without `suites`, `tasks`, `limit` and `data`; what else it has stays.
+    """An `evaluate` block without `suites`, `tasks`, `limit`, `engine` and `data`; what else it has stays.
 
     Raises ValueError, as pydantic's validators do, for an unknown suite, a value of another form, or data that no benchmark reads.
     """
@@ -50,8 +51,9 @@ def expand(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, row in own.items():
         rows[name] = {**rows.get(name, {}), **row} if isinstance(row, Mapping) else row
     _add_data(rows, _map(raw, "data"))
-    if raw.get("limit") is not None:
-        rows = {name: {"limit": raw["limit"], **row} if isinstance(row, Mapping) else row for name, row in rows.items()}
+    for key in ("limit", "engine"):
+        if raw.get(key) is not None:
+            rows = {name: {key: raw[key], **row} if isinstance(row, Mapping) else row for name, row in rows.items()}
     return {**{key: value for key, value in raw.items() if key not in SHORTHAND}, "benchmarks": rows}
 
 

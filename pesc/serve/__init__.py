@@ -12,7 +12,8 @@ Why that way and not by a plugin of our own classes: vLLM's backend rewrites the
 up merged, its norms and attention), and measured on one machine the dense model runs no slower through it than through vLLM's own
 Llama (tests/benchmarks/RESULTS.md).  A plugin would gain nothing, and would have to be installed beside vLLM and follow its classes.
 
-Map: environment (which Python has vLLM), directory (what vLLM is given), server (the command, its life and its end), commands (the command line).
+Map: environment (which Python has vLLM), directory (what vLLM is given), server (the command, its life and its end), background (a server for
+the process that asks it, such as a benchmark's), commands (the command line).
 
 Promises
 - Nothing outlives `pesc serve`: the server dies with it, whatever kills it; links and generated code live in a temporary directory.

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from pesc.errors import ModelError
-from pesc.model_argument import ModelPlace
 from pesc.models.tensor_files import TensorDirectory, symlink_file
 
 _DIRECTORY, _TEMPLATE = "model", "chat_template.jinja"
 _CODE_NAMERS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+class Place(Protocol):
+    """A model that is there, such as a `pesc.model_argument.ModelPlace`."""
+
+    @property
+    def directory(self) -> Path:
+        """A Hugging Face model directory."""
+        ...
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
+    @property
+    def template(self) -> str | None:
+        """A chat template in place of the tokenizer's own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Served:
     """A chat template instead of the tokenizer's."""
 
 
-def make_served(place: ModelPlace, room: Path, cpu: bool, trust: bool) -> Served:
+def make_served(place: Place, room: Path, cpu: bool, trust: bool) -> Served:
     """Prepare a model for vLLM inside the empty `room`.  cpu: whether vLLM is a build for CPUs.  trust: code in the model's files may run.
 
     Raises ModelError for weights that are pickles, missing or damaged, and for experts that are not those of config.json.
@@ -39,14 +59,14 @@ def make_served(place: ModelPlace, room: Path, cpu: bool, trust: bool) -> Served
     return Served(_make_sparse(place, room / _DIRECTORY, cpu), True, template)
 
 
-def _write_template(place: ModelPlace, room: Path) -> Path | None:
+def _write_template(place: Place, room: Path) -> Path | None:
     if place.template is None:
         return None
     (room / _TEMPLATE).write_text(place.template, encoding="utf-8")
     return room / _TEMPLATE
 
 
-def _make_sparse(place: ModelPlace, directory: Path, cpu: bool) -> Path:
+def _make_sparse(place: Place, directory: Path, cpu: bool) -> Path:
     """The remote-code export, whose adapters run in the way that fits the device (see the package's pitfall)."""
     from pesc.models.export import export_remote_code
     from pesc.models.upcycle import read_config, write_config
@@ -58,7 +78,7 @@ def _make_sparse(place: ModelPlace, directory: Path, cpu: bool) -> Path:
     return directory
 
 
-def _refuse_foreign_code(place: ModelPlace) -> None:
+def _refuse_foreign_code(place: Place) -> None:
     """The trust that vLLM is given covers all code that the directory names, so nothing but ours may be named."""
     for name in _CODE_NAMERS:
         path = place.directory / name

