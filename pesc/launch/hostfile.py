@@ -24,6 +24,7 @@ from pesc.errors import RecipeError, StageFailedError
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
 from pesc.launch.torchrun import DEFAULT_PORT
+from pesc.redaction import redact
 
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d*)")
 _POLL_SECONDS = 0.2
@@ -108,7 +109,7 @@ def _start(argv: list[str]) -> subprocess.Popen[str]:
 
 def _follow(name: str, child: subprocess.Popen[str], say: Callable[[str], None]) -> None:
     for line in child.stdout or ():
-        say(f"{name}: {line.rstrip()}")
+        say(f"{name}: {redact(line.rstrip())}")
 
 
 def _failed(running: dict[str, subprocess.Popen[str]]) -> str | None:
