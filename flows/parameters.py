@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -59,9 +60,12 @@ def _first_line(model: type[BaseModel]) -> str:
 def _optional_type(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return optional_settings(annotation)
-    if get_origin(annotation) is dict:
+    origin = get_origin(annotation)
+    if origin is dict:
         key, value = get_args(annotation)
         return dict[key, _optional_type(value)]
+    if origin in (Union, UnionType):
+        return Union[tuple(_optional_type(kind) for kind in get_args(annotation))]  # noqa: UP007  (made at run time)
     return annotation
 
 

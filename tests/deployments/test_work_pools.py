@@ -143,7 +143,9 @@ def test_docker_gives_a_container_gpus_shared_memory_and_the_store():
 
 def test_docker_takes_chosen_gpus_the_nodes_ipc_and_another_user():
     chosen = [{"driver": "nvidia", "device_ids": ["0", "3"], "capabilities": [["gpu"]]}]
-    sent, host = host_config(device_requests=chosen, ipc_mode="host", user="1234:1234", mem_limit="64g", image="registry.example.com/pesc:2")
+    sent, host = host_config(
+        device_requests=chosen, ipc_mode="host", user="1234:1234", mem_limit="64g", image="registry.example.com/pesc:2"
+    )
     assert host["DeviceRequests"][0]["DeviceIDs"] == ["0", "3"]
     assert host["IpcMode"] == "host"
     assert host["Memory"] == 64 << 30

@@ -76,7 +76,7 @@ def test_code_of_a_model_is_not_run(tmp_path, loader):
     mark = plant(tmp_path / "model", "evil")
     done = load(LOADERS[loader], tmp_path / "model")
     assert not mark.exists(), f"{loader} has run it"
-    assert done.returncode != 0
+    assert (done.returncode != 0) == (loader != "evaluate's template"), "that one leaves it to whoever loads the model"
     assert not mark.with_name("a").exists()
 
 

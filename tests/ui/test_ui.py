@@ -61,7 +61,7 @@ def test_every_kind_of_artifact_is_legible(stage: Stage, browser: Browser, first
     assert {key: said for key, said in faults.items() if said} == {}
 
 
-@pytest.mark.parametrize(("key", "boxes"), [("plan-small", 13), ("lineage-small", 13)])
+@pytest.mark.parametrize(("key", "boxes"), [("plan-small", 15), ("lineage-small", 15)])
 def test_the_graphs_are_drawn_large_enough_to_be_read(stage: Stage, browser: Browser, first_run: str, key: str, boxes: int):
     browser.artifact(stage.artifacts(first_run)[key]["id"])
     nodes = browser.page.locator(".prose svg .node")
