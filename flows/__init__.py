@@ -7,6 +7,7 @@ What it is
     chain.py         the loop that all of them share: resolve an action, call its task, hand its result on
     dispatch.py      each action as a flow run of its stage's deployment, on a worker of its own
     children.py      the flow runs that a run has started: how they failed, that nobody takes them up, how to end them
+    naming.py        names of flow runs: stage, recipe, fingerprint
     parameters.py    typed parameters: every setting of a recipe, optional, with its bounds, in the UI's form
     hooks.py         one clear line when a run fails, crashes or is cancelled; the end of its children
     console.py       what a terminal shows

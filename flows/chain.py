@@ -13,6 +13,7 @@ from prefect import get_run_logger
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
+from flows.naming import run_digest
 from pesc.build import Job, Outcome
 from pesc.data.card import DATA_STAGES
 from pesc.errors import PescError, RecipeError
@@ -24,7 +25,16 @@ from pesc.settings import store_root
 from pesc.store import Store
 from tasks.execution import library_records, run_job, run_jobs_at_once
 from tasks.patience import impatient
-from tasks.reporting import publish_card, publish_cost, publish_history, publish_plan, publish_report, publish_summary
+from tasks.reporting import (
+    publish_card,
+    publish_cost,
+    publish_fit,
+    publish_history,
+    publish_lineage,
+    publish_plan,
+    publish_report,
+    publish_summary,
+)
 from tasks.runner import Inline, Runner
 from tasks.table import TASKS
 
@@ -46,13 +56,13 @@ def open_store(path: str | None) -> Store:
 
 
 def run_name() -> str:
-    """Name of the flow run that is being made: its stage if it has one, its instance, its recipe; a child keeps what its parent called it."""
+    """Name of the flow run that is being made: its stage if it has one, its instance, its recipe, a digest; a child keeps what its parent called it."""
     if is_child():
         return flow_run.get_name() or ""
     given = flow_run.get_parameters()
     name = flow_run.get_flow_name() or ""
     address = "" if name == "pipeline" else f"{name}[{given['instance']}] " if given.get("instance") else f"{name} "
-    return f"{address}{Path(given['recipe']).stem}"
+    return f"{address}{Path(given['recipe']).stem} {run_digest(name, given)}".rstrip()
 
 
 def is_child() -> bool:
@@ -149,18 +159,23 @@ class _Chain:
                 publish_plan(self.plan, build_graph(self.recipe))
 
     def _show_data(self, steps: Sequence[Step]) -> None:
-        """The data card, when the last stage of the data is there: now, and not at the end, for training may take days."""
+        """Data card and needs of the training, when the last stage of the data is there: now, and not at the end, for training may take days."""
         data = [action.address for action in self.plan if action.address in DATA_STAGES]
-        last_is_done = steps[-1].node.address in data[-1:] and any(self.outcomes[address].how == "built" for address in data)
-        if self.record and last_is_done:
-            with impatient():
+        if not self.record or steps[-1].node.address not in data[-1:]:
+            return
+        training = [action.address for action in self.plan if action.node.stage.name == "train" and action.status == "RUN"]
+        with impatient():
+            if any(self.outcomes[address].how == "built" for address in data):
                 publish_card(self.store, self.recipe)
+            if training:
+                publish_fit(self.store, self.recipe, training)
 
     def _show_results(self) -> None:
         if not self.record:
             return
         publish_summary(self.recipe.name, self.outcomes)
         publish_cost(self.store, self.recipe.name, self.outcomes)
+        publish_lineage(self.store, self.recipe.name, self.outcomes)
         if "report" in self.outcomes:
             publish_report(self.store, self.recipe.name, self.outcomes)
         if any(outcome.ref.stage == "evaluate" for outcome in self.outcomes.values()):

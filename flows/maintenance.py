@@ -20,7 +20,7 @@ from tasks.execution import library_records
 from tasks.reporting import publish_note
 
 
-@flow(name="gc", persist_result=False, **HOOKS)
+@flow(name="gc", flow_run_name="gc delete={delete}", persist_result=False, **HOOKS)
 def gc(
     keep_recipes: list[str] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
 ) -> maintenance.GcReport:
@@ -45,7 +45,7 @@ def gc(
     return report
 
 
-@flow(name="fsck", persist_result=False, **HOOKS)
+@flow(name="fsck", flow_run_name="fsck repair={repair}", persist_result=False, **HOOKS)
 def fsck(repair: bool = False, store: str | None = None) -> maintenance.FsckReport:
     """Check every object's bytes against its name, and every action against its object. A damaged store fails the run.
 

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
 
 from pesc.pipeline import STAGE_NAMES, stage_named
 from pesc.recipe import Recipe
 from pesc.stage import Execution
+
+NO_SECRET: dict[str, Any] = {"not": {"type": "string", "pattern": r"://[^\s/@]*:[^\s/@]*@|\bhf_[A-Za-z0-9]{20}"}}
+"""For the server, which keeps a run's parameters: it refuses a URL with a password and a token of the hub before it has stored them."""
+Override = Annotated[str, Field(json_schema_extra=NO_SECRET)]
+"""KEY=VALUE."""
 
 
 @cache
@@ -26,19 +33,39 @@ def optional_settings(model: type[BaseModel], name: str | None = None) -> type[B
         kind: Any = _optional_type(field.annotation)
         if field.metadata:
             kind = Annotated[(kind, *field.metadata)]
-        fields[field_name] = (kind | None, Field(None, description=field.description))
+        words = {"title": field_name, "description": _description(field), "json_schema_extra": NO_SECRET}  # titled as in a recipe
+        fields[field_name] = (kind | None, Field(None, **words))
     name = name or model.__name__.removesuffix("Config") + "Settings"
     return create_model(
-        name, __config__=ConfigDict(extra="forbid", frozen=True), __module__=__name__, __doc__=model.__doc__, **fields
+        name, __config__=ConfigDict(extra="forbid", frozen=True), __module__=__name__, __doc__=_first_line(model), **fields
     )  # fmt: skip
+
+
+def _description(field: FieldInfo) -> str:
+    """What the form says under a field's name, with the value that it has where a recipe says nothing."""
+    kind = field.annotation
+    is_block = isinstance(kind, type) and issubclass(kind, BaseModel)
+    text = (field.description or (_first_line(kind) if is_block else "")).strip()
+    text = text if text.endswith((".", "!", "?")) or not text else f"{text}."
+    default = field.default
+    if isinstance(default, bool | int | float) or (isinstance(default, str) and default):
+        text = f"{text} Where a recipe says nothing: {_flow_yaml(default)}.".strip()
+    return text
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().partition("\n")[0]
 
 
 def _optional_type(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return optional_settings(annotation)
-    if get_origin(annotation) is dict:
+    origin = get_origin(annotation)
+    if origin is dict:
         key, value = get_args(annotation)
         return dict[key, _optional_type(value)]
+    if origin in (Union, UnionType):
+        return Union[tuple(_optional_type(kind) for kind in get_args(annotation))]  # noqa: UP007  (made at run time)
     return annotation
 
 
@@ -63,6 +90,7 @@ def _given(settings: BaseModel | None) -> dict[str, Any]:
 
 
 RecipeSettings = optional_settings(Recipe, "RecipeSettings")
+RecipeSettings.__doc__ = "Settings of the recipe to change; what is left out stays as it is."
 """Every setting of a recipe."""
 ExecutionSettings = optional_settings(Execution, "ExecutionSettings")
 """Where and how fast; never part of a result's name."""

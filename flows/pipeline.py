@@ -14,7 +14,7 @@ from prefect import flow
 from flows.chain import open_store, run_chain, run_name
 from flows.dispatch import Dispatched
 from flows.hooks import HOOKS
-from flows.parameters import RecipeSettings, StageDeployments, as_overrides, chosen_deployments
+from flows.parameters import Override, RecipeSettings, StageDeployments, as_overrides, chosen_deployments
 from pesc.build import Outcome
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
@@ -25,7 +25,7 @@ from tasks.runner import Inline
 def pipeline(
     recipe: str = "demo",
     settings: RecipeSettings | None = None,  # type: ignore[valid-type]
-    overrides: list[str] | None = None,
+    overrides: list[Override] | None = None,
     only: list[str] | None = None,
     start: list[str] | None = None,
     until: list[str] | None = None,

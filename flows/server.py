@@ -24,11 +24,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import prefect
+from packaging.version import InvalidVersion, Version
+from prefect.client.orchestration import get_client
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_HOME,
     PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_DATABASE_CONNECTION_URL,
     get_current_settings,
     temporary_settings,
@@ -37,6 +42,7 @@ from prefect.settings import (
 from pesc.errors import PescError
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
+from pesc.redaction import redact
 
 logger = logging.getLogger(__name__)
 STARTUP_SECONDS = 180.0
@@ -53,13 +59,16 @@ class ServerError(PescError):
 def server_settings() -> Iterator[None]:
     """Settings under which flows find their server; starts a temporary one, which ends with this process, if there is none.
 
-    What the user has set wins. Raises ServerError.
+    What the user has set wins. Raises ServerError: no server, no access, a server of another time.
     """
     updates: dict[Any, Any] = {PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    if PREFECT_API_URL.value():
+    if url := PREFECT_API_URL.value():
         with temporary_settings(updates):
+            check_server(url)
             yield
         return
+    if (password := PREFECT_SERVER_API_AUTH_STRING.value()) and not PREFECT_API_AUTH_STRING.value():
+        updates[PREFECT_API_AUTH_STRING] = password  # the temporary server will ask for it
     if path := readable_database(Path(PREFECT_HOME.value())):
         updates[PREFECT_SERVER_DATABASE_CONNECTION_URL] = f"sqlite+aiosqlite:///{path}"
     with temporary_settings(updates):
@@ -89,7 +98,14 @@ def start_server() -> str:
             return url
         time.sleep(0.1)
     log.seek(0)
-    cause = _last_words(log.read().decode(errors="replace"))
+    text = log.read().decode(errors="replace")
+    if "Can't locate revision" in text:
+        raise ServerError(
+            f"Prefect's database {_database_name()} was written by a newer Prefect than {prefect.__version__}, which cannot read it. Upgrade Prefect, "
+            "or give another database with PREFECT_API_DATABASE_CONNECTION_URL, or another PREFECT_HOME=DIR; `pesc run` does the same work without "
+            "any server."
+        )
+    cause = _last_words(text)
     raise ServerError(
         f"Prefect's temporary server did not start ({cause}). Give it a home of its own with PREFECT_HOME=DIR; `pesc run` does the same "
         "work without any server."
@@ -126,7 +142,15 @@ def readable_database(home: Path) -> Path | None:
     Prefect would refuse to start.
     """
     default = home / "prefect.db"
-    if default.resolve() != _configured_database() or _is_readable(default):
+    if default.resolve() != _configured_database():
+        return None
+    if _is_readable(default):
+        if not _is_current(default):
+            logger.warning(
+                "%s is of an older Prefect and is brought up to %s now; the older one cannot read it afterwards.",
+                default,
+                prefect.__version__,
+            )
         return None
     own = home / f"prefect-{prefect.__version__}.db"
     logger.warning("%s was written by a newer Prefect than %s; runs are kept in %s instead.", default, prefect.__version__, own)
@@ -138,23 +162,91 @@ def _configured_database() -> Path | None:
     return Path(path).resolve() if scheme.startswith("sqlite") else None
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether this Prefect knows the database's revision (one that cannot be asked is left to Prefect)."""
+def _database_name() -> str:
+    """The configured database as a user may see it."""
+    return redact(str(PREFECT_SERVER_DATABASE_CONNECTION_URL.value()))
+
+
+_MIGRATIONS = Path(prefect.__file__).parent / "server" / "database" / "_migrations" / "versions" / "sqlite"
+
+
+def _revisions(path: Path) -> list[str]:
+    """The database's revision; nothing for one that cannot be asked, which is left to Prefect."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as connection:
-            revisions = [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
+            return [row[0] for row in connection.execute("SELECT version_num FROM alembic_version")]
     except sqlite3.Error:
-        return True
-    known = Path(prefect.__file__).parent / "server" / "database" / "_migrations" / "versions" / "sqlite"
-    return all(any(known.glob(f"*_{revision}_*.py")) for revision in revisions)
+        return []
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether this Prefect knows the database's revision."""
+    return all(any(_MIGRATIONS.glob(f"*_{revision}_*.py")) for revision in _revisions(path))
+
+
+def _is_current(path: Path) -> bool:
+    """Whether the database needs no migration: its revision is the newest by date."""
+    newest = max(_MIGRATIONS.glob("2*.py"), key=lambda file: file.name, default=None)
+    return newest is None or all(f"_{revision}_" in newest.name for revision in _revisions(path))
+
+
+def check_server(url: str) -> None:
+    """Ask a server who it is.  Raises ServerError: it does not answer, it wants another password, its Prefect is of another major version.
+
+    A server that is older than this Prefect is a warning, as Prefect itself gives one; a newer one is as it should be.
+    """
+    shown = redact(url)
+    try:
+        with get_client(sync_client=True) as client:
+            answer = client.request("GET", "/admin/version").json()
+    except RuntimeError as error:
+        raise ServerError(server_sentence(error) or f"The Prefect server at {shown} cannot be used: {error}") from None
+    except httpx.HTTPStatusError as error:
+        raise ServerError(_refusal(error.response.status_code, shown)) from None
+    except (httpx.HTTPError, OSError):
+        raise ServerError(_no_answer(shown)) from None
+    except ValueError:
+        raise ServerError(f"What answers at {shown} is no Prefect server. Set PREFECT_API_URL to its API: http://HOST:4200/api.") from None
+    _compare_versions(str(answer), shown)
+
+
+def _refusal(status: int, shown: str) -> str:
+    if status in (401, 403):
+        given = "the user and password of PREFECT_API_AUTH_STRING" if PREFECT_API_AUTH_STRING.value() else "who gives no password"
+        return (
+            f"The Prefect server at {shown} refuses {given} (HTTP {status}). Set PREFECT_API_AUTH_STRING to USER:PASSWORD as the server has them in "
+            "PREFECT_SERVER_API_AUTH_STRING."
+        )
+    if status == 404:
+        return f"What answers at {shown} is no Prefect server (HTTP 404). Set PREFECT_API_URL to its API: http://HOST:4200/api."
+    return f"The Prefect server at {shown} answers with HTTP {status}. Its own log says why."
+
+
+def _compare_versions(answer: str, shown: str) -> None:
+    try:
+        theirs, ours = Version(answer), Version(prefect.__version__)
+    except InvalidVersion:
+        raise ServerError(f"What answers at {shown} is no Prefect server. Set PREFECT_API_URL to its API: http://HOST:4200/api.") from None
+    if theirs.major != ours.major:
+        older = "this program" if ours < theirs else "the server"
+        raise ServerError(f"The Prefect server at {shown} is {theirs}, and this program has {ours}: they cannot talk. Upgrade {older}.")
+    if theirs.release[:2] < ours.release[:2]:
+        logger.warning(
+            "The Prefect server at %s is %s, older than this program's %s: what it does not know it refuses or leaves out. Upgrade it first, then "
+            "workers and clients.",
+            *(shown, theirs, ours),
+        )
+
+
+def _no_answer(shown: str) -> str:
+    return f"No Prefect server answers at {shown}. Start it (`prefect server start`), or unset PREFECT_API_URL for a temporary one."
 
 
 def server_sentence(error: RuntimeError) -> str | None:
     """Prefect's complaint about a server that does not answer, as a sentence; None for any other error."""
     if "Failed to reach API at" not in str(error):
         return None
-    url = PREFECT_API_URL.value()
-    return f"No Prefect server answers at {url}. Start it (`prefect server start`), or unset PREFECT_API_URL for a temporary one."
+    return _no_answer(redact(str(PREFECT_API_URL.value())))
 
 
 def main(port: int) -> None:

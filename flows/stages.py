@@ -10,7 +10,7 @@ from prefect import Flow
 
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
-from flows.parameters import ExecutionSettings, as_overrides, block_of, deployment_name, stage_settings
+from flows.parameters import ExecutionSettings, Override, as_overrides, block_of, deployment_name, stage_settings
 from pesc.build import Outcome
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph, stage_named
@@ -28,7 +28,7 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         instance: str | None = None,
         settings: settings_type = None,  # type: ignore[valid-type]
         execution: ExecutionSettings | None = None,  # type: ignore[valid-type]
-        overrides: list[str] | None = None,
+        overrides: list[Override] | None = None,
         refresh: bool = False,
         build_missing: bool = False,
         without: list[str] | None = None,

@@ -42,6 +42,7 @@ from pesc.models import commands as model_commands
 from pesc.plan import Plan, Selection, make_plan
 from pesc.publish import commands as publish_commands
 from pesc.recipe import load_recipe, recipe_names
+from pesc.redaction import redact_error
 from pesc.routing import commands as routing_commands
 from pesc.serve import commands as serve_commands
 from pesc.settings import store_root
@@ -340,8 +341,12 @@ def main() -> None:
     except OSError as error:
         sentence = disk_sentence(error, store_root())
         if sentence is None:
+            redact_error(error)
             raise
         _fail(sentence, 1)
+    except Exception as error:  # a defect of this package: its traceback is shown, without secrets
+        redact_error(error)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -20,6 +20,7 @@ from pesc.pipeline import Node
 from pesc.plan import Selection, make_plan
 from pesc.progress_text import experts_text, fields_text, held_out_text, numbers_text
 from pesc.recipe import Recipe
+from pesc.redaction import RedactingFilter
 from pesc.run import run_recipe
 from pesc.stage import Progress as StageProgress
 from pesc.store import Store
@@ -55,6 +56,7 @@ class ConsoleRun:
         logger = logging.getLogger("pesc")
         logger.setLevel(logging.INFO if verbose else logging.WARNING)
         self._handler = RichHandler(console=self._console, show_path=False, log_time_format="%H:%M:%S")
+        self._handler.addFilter(RedactingFilter())
         logger.addHandler(self._handler)
 
     def __enter__(self) -> ConsoleRun:

@@ -11,9 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pesc.redaction import redact
+
 
 class PescError(Exception):
-    """A failure with a cause the user can act on.  `str(error)` is the whole message."""
+    """A failure with a cause the user can act on.  `str(error)` is the whole message, without secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(item) if isinstance(item, str) else item for item in args))
 
     exit_code = 1
     """What the `pesc` command ends with."""

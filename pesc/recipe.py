@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +29,7 @@ from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfi
 from pesc.errors import RecipeError
 from pesc.evaluate.config import EvaluateConfig, ReportConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
+from pesc.redaction import find_secret, redact
 from pesc.routing.config import RoutingConfig
 from pesc.stage import Execution, StageConfig
 from pesc.store.digest import canonical_json
@@ -55,10 +56,10 @@ class ArmConfig(StageConfig):
 class Recipe(StageConfig):
     """A complete, checked run.  Every value is present: defaults are filled in, overrides applied."""
 
-    name: str = Field(pattern=NAME, max_length=MAX_NAME)
-    description: str = ""
+    name: str = Field(pattern=NAME, max_length=MAX_NAME, description="Name of the run in tables, artifacts and the store's records.")
+    description: str = Field(default="", description="What it is, in a line.")
     base: str = Field(description="Name of the source that is the dense model.")
-    sources: dict[str, SourceConfig] = Field(min_length=1)
+    sources: dict[str, SourceConfig] = Field(min_length=1, description="Name -> where bytes come from.")
     dedup: DedupConfig
     mix: MixConfig
     tokenize: TokenizeConfig = TokenizeConfig()
@@ -68,7 +69,7 @@ class Recipe(StageConfig):
     evaluate: EvaluateConfig
     routing: RoutingConfig = RoutingConfig()
     report: ReportConfig = ReportConfig()
-    arms: dict[str, ArmConfig] = Field(min_length=1)
+    arms: dict[str, ArmConfig] = Field(min_length=1, description="Name -> what is compared: a method, and overrides of upcycle and train.")
     execution: Execution = Execution()
 
     @field_validator("sources", "arms")
@@ -165,7 +166,8 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """Check a recipe given as data.  Raises RecipeError naming each wrong field."""
+    """Check a recipe given as data.  Raises RecipeError naming each wrong field, and one that holds a secret."""
+    _refuse_secrets(raw, origin)
     try:
         recipe = Recipe.model_validate(raw)
         canonical_json(recipe.model_dump(mode="json"))
@@ -175,6 +177,30 @@ def recipe_from_dict(raw: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         near = error.object[max(0, error.start - 40) : error.start]
         raise RecipeError(f"Recipe {origin!r} cannot be used: after {near!r} stands a character that is not valid Unicode.") from None
     return recipe
+
+
+def _refuse_secrets(raw: Mapping[str, Any], origin: str) -> None:
+    """A recipe is in every manifest and on the server's pages.  Raises RecipeError for a password or a token in it."""
+    for where, text in _texts(raw, ""):
+        if kind := find_secret(text):
+            raise RecipeError(
+                f"Recipe {redact(origin)!r} cannot be used: {redact(where)} holds {kind}. Take it out, and give it through the environment "
+                "(HF_TOKEN, AWS_SECRET_ACCESS_KEY, WANDB_API_KEY ..., or what the driver of the URL reads), or a Prefect Secret block."
+            )
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Every text of a tree, names of maps too, with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            place = f"{where}.{name}" if where else str(name)
+            yield f"a name in {where or 'it'}", str(name)
+            yield from _texts(item, place)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, where)
 
 
 def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:

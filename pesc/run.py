@@ -25,6 +25,7 @@ from pesc.pipeline import Node, build_graph
 from pesc.plan import Plan, PlannedAction, Selection, make_plan, reason_to_run
 from pesc.recipe import Recipe
 from pesc.store import ArtifactRef, Store
+from pesc.store.manifest import RUN_OBJECTS
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class RunRecord:
             return
         try:
             self._store.record_run(self._recipe, self._name, {address: o.ref.fingerprint for address, o in outcomes.items()})
+            self._store.record_run(f"{self._recipe}/{RUN_OBJECTS}", self._name, {address: o.ref.digest for address, o in outcomes.items()})
         except OSError as error:
             logger.debug("The record of this run was not written: %s", error)
 

@@ -1,6 +1,7 @@
 """Places and secrets from the environment, read here and nowhere else.
 
 PESC_STORE        directory of the store (default: ./store)
+PESC_STORE_URL    where the store is served by HTTP, for links to report pages in the Prefect UI (default: no links)
 PESC_VLLM         Python that has vLLM, for `pesc serve` and `evaluate.engine: vllm` (default: the one that runs)
 PESC_COMMIT       git commit of an image, which has no checkout to ask
 HF_TOKEN          read by huggingface_hub itself; never part of a recipe, a key or a manifest
@@ -15,6 +16,11 @@ from pathlib import Path
 def store_root() -> Path:
     """Directory of the store."""
     return Path(os.environ.get("PESC_STORE") or "store")
+
+
+def store_url() -> str | None:
+    """Where the store is served by HTTP, without a slash at its end; None: nowhere."""
+    return (os.environ.get("PESC_STORE_URL") or "").rstrip("/") or None
 
 
 def vllm_python() -> str | None:

@@ -8,7 +8,9 @@ What it is
     retries.py      which failures are tried again
     patience.py     how long a server that does not answer is waited for
     policy.py       Prefect's cache key and record, tied to the store
-    reporting.py    manifests and plans as artifacts of the Prefect UI
+    states.py       the final states of task runs: what a job waits for, what a failed one leaves behind
+    secrets.py      tokens from the environment or Prefect's Secret blocks, and nowhere else
+    reporting/      plans, progress, manifests and reports as artifacts of the Prefect UI
     download.py ... report.py    one task each
 
 Key contracts

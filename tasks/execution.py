@@ -16,6 +16,7 @@ from prefect import Task, get_run_logger
 from prefect.futures import PrefectConcurrentFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 
 from pesc.build import Job, Outcome
 from pesc.errors import PescError, StoreError
@@ -28,6 +29,8 @@ from tasks.policy import StagePolicy
 from tasks.reporting import ProgressReport, publish_result, publish_routing, publish_training
 from tasks.retries import DELAYS_SECONDS, TRIED_AGAIN, WITHOUT_DELAY, retry_on, retry_options, waiting_by
 from tasks.runner import Build, Inline, Runner
+from tasks.secrets import clean_errors, run_secrets
+from tasks.states import note_state, upstream_states
 
 StageTask = Task[[Job, str], ArtifactRef]
 _BUILD: ContextVar[Build] = ContextVar("pesc_build")
@@ -60,9 +63,11 @@ def run_job(stage: StageTask, job: Job, store: Store, runner: Runner = Inline())
     call = _Call(stage, job, store, runner)
     token = _BUILD.set(runner.build)
     try:
-        call.task(call.job, str(store.root))
+        state = call.task(quote(call.job), str(store.root), wait_for=upstream_states(job), return_state=True)
     finally:
         _BUILD.reset(token)
+    note_state(job, state, store)
+    state.result()
     return call.outcome()
 
 
@@ -70,7 +75,7 @@ class _Call:
     """A job about to be given to its stage's task."""
 
     def __init__(self, stage: StageTask, job: Job, store: Store, runner: Runner) -> None:
-        self._store, self._runner = store, runner
+        self.store, self._runner = store, runner
         self._known = None if job.refresh else store.find(job.key.stage, job.fingerprint)
         self._started = time.monotonic()
         self.job = job.model_copy(update={"prefect_run": flow_run.get_id()})
@@ -80,10 +85,10 @@ class _Call:
 
     def outcome(self) -> Outcome:
         """What the store has after the task has ended well."""
-        job, manifest = self.job, self._store.find(self.job.key.stage, self.job.fingerprint)
+        job, manifest = self.job, self.store.find(self.job.key.stage, self.job.fingerprint)
         if manifest is None:
             raise StoreError(
-                f"{job.label} ended, but its result is not in {self._store.root}. `pesc fsck` says what is missing; then run again."
+                f"{job.label} ended, but its result is not in {self.store.root}. `pesc fsck` says what is missing; then run again."
             )
         built = self._known is None and (job.refresh or self._runner.made(manifest))
         return Outcome(job.address, manifest.ref, "built" if built else "hit", time.monotonic() - self._started)
@@ -112,11 +117,14 @@ def run_jobs_at_once(
 
 
 def _submit(threads: ThreadPoolTaskRunner[Any], call: _Call, store: Store) -> PrefectConcurrentFuture[ArtifactRef]:
-    return threads.submit(call.task.with_options(**WITHOUT_DELAY), {"job": call.job, "store": str(store.root)})
+    return threads.submit(
+        call.task.with_options(**WITHOUT_DELAY), {"job": quote(call.job), "store": str(store.root)}, upstream_states(call.job)
+    )
 
 
 def _result(call: _Call, future: PrefectConcurrentFuture[ArtifactRef]) -> Outcome | PescError:
     try:
+        note_state(call.job, future.state, call.store)
         future.result()
         return call.outcome()
     except PescError as error:
@@ -124,13 +132,14 @@ def _result(call: _Call, future: PrefectConcurrentFuture[ArtifactRef]) -> Outcom
 
 
 def _execute(job: Job, store: Store) -> ArtifactRef:
-    report = ProgressReport(job, get_run_logger())
+    report = ProgressReport(job, get_run_logger(), store=store)
 
     def on_progress(progress: Progress) -> None:
         with impatient():
             report(progress)
 
-    outcome = _BUILD.get()(store, job, on_progress, open_shards)
+    with clean_errors():
+        outcome = _BUILD.get()(store, job, on_progress, open_shards)
     if outcome.how == "built":
         with impatient():
             _show(store, outcome)
@@ -147,11 +156,16 @@ def _show(store: Store, outcome: Outcome) -> None:
 
 @contextmanager
 def library_records(level: int = logging.INFO) -> Iterator[None]:
-    """Send the library's log records to the Prefect UI while a flow runs.
+    """Send the library's log records to the Prefect UI while a flow runs, with the secrets that it needs and without showing them.
 
     The same as the setting PREFECT_LOGGING_EXTRA_LOGGERS=pesc, which is found from the working directory and sets no level, so that
     INFO would be lost.
     """
+    with run_secrets():
+        yield from _records(level)
+
+
+def _records(level: int) -> Iterator[None]:
     logger = logging.getLogger("pesc")
     added = [handler for handler in logging.getLogger("prefect.extra").handlers if handler not in logger.handlers]
     before = logger.level

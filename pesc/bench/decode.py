@@ -131,7 +131,7 @@ def _make_pair(model: str, pesc: PescConfig, dtype: torch.dtype, device: str) ->
         if is_sparse(fields):
             raise ModelError(f"{model} is a sparse model: give its dense base; the adapters are added here.")
         classes = architecture_of(fields)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         dense = loaded.to(device).eval()
     with torch.device("meta"):
         sparse = classes.causal_lm(sparse_config(dense.config, pesc))

@@ -56,7 +56,7 @@ def load_slice(directory: Path, layers: int | None, dtype: torch.dtype, device: 
     config = architecture_of(fields).dense_config.from_dict(_cut(fields, layers))
     return AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=dtype, device_map={"": device}, quantization_config=quantization_config(str(dtype).removeprefix("torch.")),
-        attn_implementation=pick_attention(device),
+        attn_implementation=pick_attention(device), trust_remote_code=False,
     )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ class FilterConfig(StageConfig):
 class BenchmarkTextConfig(StageConfig):
     """Where the bare questions of a benchmark are, for decontamination."""
 
-    source: str
-    files: tuple[str, ...]
+    source: str = Field(description="Name of the source that holds the files.")
+    files: tuple[str, ...] = Field(description="Globs of the files inside the source.")
     fields: tuple[str, ...] = Field(min_length=1, description="Fields of a row joined into the question, without any template.")
 
 
@@ -121,7 +121,7 @@ class SemanticConfig(StageConfig):
 class DedupConfig(StageConfig):
     """One schema for all sources, filters, exact and near duplicates, decontamination."""
 
-    datasets: dict[str, DatasetConfig] = Field(min_length=1)
+    datasets: dict[str, DatasetConfig] = Field(min_length=1, description="Name -> rows of a source, and what applies to them.")
     filters: FilterConfig = FilterConfig()
     near_duplicate_threshold: float = Field(
         default=0.8, gt=0, le=1, description="Jaccard of word n-grams from which two rows are duplicates."
@@ -198,7 +198,7 @@ class MixConfig(StageConfig):
     shortfall: Literal["redistribute", "keep", "fail"] = Field(
         default="redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."
     )
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, description="Which rows are drawn.")
 
     @model_validator(mode="after")
     def _weights_are_usable(self) -> MixConfig:

@@ -21,6 +21,7 @@ import numpy as np
 from pesc.data.chat import ChatRenderer, Rendered, TemplateRefusal
 from pesc.data.config import TokenizeConfig
 from pesc.errors import DataError
+from pesc.remote_code import refuse_own_code
 
 log = logging.getLogger(__name__)
 IGNORED = -100
@@ -66,11 +67,12 @@ class EncodedRows:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model directory.  Raises DataError when it is missing or gives no offsets."""
+    """The tokenizer of a model directory.  Raises DataError when it is missing or gives no offsets, ModelError when it brings code."""
     from transformers import AutoTokenizer
 
+    refuse_own_code(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"The model directory holds no usable tokenizer ({str(error).splitlines()[0]}). Check the base source's files."

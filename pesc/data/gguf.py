@@ -28,7 +28,7 @@ def convert(source: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"gguf_file": source.name, "local_files_only": True}
+    where = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
     _say(1, "reading the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     _say(2, "dequantising the weights")

@@ -143,8 +143,8 @@ def main(model_path: str, question: str, answer: str, threshold: str) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     texts = json.loads(Path(question).read_text())
-    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-    model: Any = AutoModel.from_pretrained(model_path, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModel.from_pretrained(model_path, local_files_only=True, trust_remote_code=False).eval()
     limit, row_groups = float(threshold), np.array(texts["row_groups"])
     rows = _embed(model, tokenizer, texts["rows"])
     found = {"rows": _Similar(limit).scan(rows, rows, (row_groups, row_groups), one_group=True), "items": []}

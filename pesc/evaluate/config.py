@@ -25,16 +25,16 @@ class BenchmarkConfig(StageConfig):
     limit: int | None = Field(default=None, gt=0, description="Use only the first N items of each (sub)task; marked in every table.")
     source: str | None = Field(default=None, description="Name of a source that holds the items, for machines without the hub.")
     files: dict[str, str] = Field(default_factory=dict, description="Split -> file inside the source, replacing the task's own data.")
-    apply_chat_template: bool = False
+    apply_chat_template: bool = Field(default=False, description="Ask through the model's chat template.")
     max_gen_toks: int | None = Field(default=None, gt=0, description="Longest generation in tokens. None: as the task says.")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Of the weights and the computation.")
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",
         exclude_if=lambda engine: engine == "transformers",  # so that the keys and results from before there was a choice stay
         description="Who computes. vllm: a server of vLLM ($PESC_VLLM), faster at long generations on a GPU; its numbers differ in the "
         "last digits, hence have a key of their own.",
     )
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, description="Of the examples in the prompt.")
     baseline: str | None = Field(
         default=None, description="Row of the published figures (pesc/evaluate/baselines/figures.yaml). None: by the task."
     )
@@ -47,7 +47,7 @@ class EvaluateConfig(StageConfig):
     read.
     """
 
-    benchmarks: dict[str, BenchmarkConfig] = Field(min_length=1)
+    benchmarks: dict[str, BenchmarkConfig] = Field(min_length=1, description="Name -> an lm-eval task and its settings.")
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +58,7 @@ class EvaluateConfig(StageConfig):
 class ReportConfig(StageConfig):
     """What the report shows."""
 
-    title: str = ""
+    title: str = Field(default="", description="Heading of the page. Default: what is compared.")
     baselines: tuple[str, ...] = Field(default=("gpt-3.5",), description="Columns of published figures beside the measured ones.")
     control_arm: str = Field(default="qlora", description="Arm that the others are compared with.")
     replicates: dict[str, tuple[str, ...]] = Field(

@@ -35,6 +35,7 @@ from pesc.evaluate.results import BenchmarkResult, Measurement, ModelFacts, Samp
 from pesc.evaluate.task_index import OWN_TASKS, load_tasks
 from pesc.moe.tuning import export_choices
 from pesc.provenance import slow_bfloat16_sentence
+from pesc.remote_code import refuse_own_code
 from pesc.stage import BuildResult, StageContext
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _require_chat_template(config: BenchmarkConfig, model: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return  # loading the model says what is wrong with it
     if not tokenizer.chat_template:
@@ -182,6 +183,7 @@ def load_model(ctx: StageContext, journal: Path, others: Iterable[Path] = (), sh
     from pesc.models.placement import choose_device
 
     register()
+    refuse_own_code(ctx.inputs["model"])
     ctx.work.mkdir(parents=True, exist_ok=True)
     device, benchmark = choose_device(ctx.execution.device), ctx.address.rpartition("/")[2].rstrip("]")
     warning = slow_bfloat16_sentence(f"evaluate.benchmarks.{benchmark}.dtype")

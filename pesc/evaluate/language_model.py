@@ -134,7 +134,7 @@ def load_language_model(
             backend="causal",
             pretrained=str(model), tokenizer=str(model), device=device, dtype=dtype, softmax_dtype="float32",
             batch_size=AUTOMATIC[device.partition(":")[0]] if batch_size == "auto" else batch_size, parallelize=spread,
-            journal=journal, on_progress=on_progress, share=share,
+            journal=journal, on_progress=on_progress, share=share, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,8 +1,11 @@
-"""One training run in Markdown: its numbers, and its curves as embedded SVG pictures, for a page that has no files of its own."""
+"""One training run in Markdown: its numbers, and its curves as embedded SVG pictures, for a page that has no files of its own.
+
+training_markdown(title, object, events)     a run that has ended
+live_markdown(title, events, line)           a run that is under way, from its events alone
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import statistics
@@ -10,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pesc.data_uri import as_data_uri
 from pesc.evaluate.records import Training, read_training
 
 _ROUTER = re.compile(r"layers\.(\d+)\..*(?:router|gate)\.weight$")
-_BACKGROUND = "#ffffff"
+_LIVE_POINTS = 600
+"""Of a curve that is drawn again and again."""
 
 
 def training_markdown(title: str, folder: Path, events: Path) -> str:
@@ -28,8 +33,29 @@ def training_markdown(title: str, folder: Path, events: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def read_steps(events: Path) -> list[Mapping[str, Any]]:
-    """The step events of a run, one a step: of a step that a continued run did again, the last counts; torn lines are passed over."""
+def live_markdown(title: str, events: Path, line: str) -> str | None:
+    """line: how far it is, in words.  None as long as there is nothing to draw."""
+    steps, looks = read_steps(events), read_steps(events, "evaluation")
+    run = Training("", {}, (), {}, history=tuple(_thinned(steps)), held_out=tuple(_thinned(looks)))
+    drawn = _plots(run, None)
+    if not drawn:
+        return None
+    parts = [f"# {title}", f"Under way: {line}"]
+    if facts := list(_facts(run, steps)):
+        parts.append(_table(["", ""], [fact for fact in facts if fact[0] != "method"]))
+    if run.held_out:
+        parts += ["## Held-out loss, nats per token", _table(["domain", "before", "now"], list(_held_out_rows(run)))]
+    return "\n\n".join([*parts, *(f"![{label}]({as_data_uri(svg)})" for label, svg in drawn.items())]) + "\n"
+
+
+def _thinned(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Some of them, evenly, the last among them."""
+    every = -(-len(lines) // _LIVE_POINTS) or 1
+    return lines[::-1][::every][::-1]
+
+
+def read_steps(events: Path, kind: str = "step") -> list[Mapping[str, Any]]:
+    """A run's events of a kind, one a step: of a step that a continued run did again, the last counts; torn lines are passed over."""
     steps: dict[int, Mapping[str, Any]] = {}
     lines = events.read_text(encoding="utf-8", errors="replace").splitlines() if events.is_file() else []
     for line in lines:
@@ -37,7 +63,7 @@ def read_steps(events: Path) -> list[Mapping[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and event.get("event") == "step":
+        if isinstance(event, dict) and event.get("event") == kind:
             steps[event["step"]] = event
     return [steps[number] for number in sorted(steps)]
 
@@ -46,7 +72,7 @@ def _facts(run: Training, steps: Sequence[Mapping[str, Any]]) -> Iterator[list[s
     losses, left_out = run.series("loss"), [line["step"] for line in run.history if "skipped" in line]
     yield ["method", run.method]
     if losses[1]:
-        yield ["steps", f"{len(run.history):,}"]
+        yield ["steps", f"{losses[0][-1]:,}"]
         yield ["loss of the first and the last step", f"{losses[1][0]:.4f} → {losses[1][-1]:.4f}"]
     if left_out:
         yield ["steps left out", ", ".join(map(str, left_out))]
@@ -71,7 +97,7 @@ def _held_out_rows(run: Training) -> Iterator[list[str]]:
             yield [domain, f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]
 
 
-def _plots(run: Training, folder: Path) -> dict[str, str]:
+def _plots(run: Training, folder: Path | None) -> dict[str, str]:
     from pesc.evaluate import plots
 
     arm = run.method or "training"
@@ -81,7 +107,7 @@ def _plots(run: Training, folder: Path) -> dict[str, str]:
         drawn["training loss by step"] = plots.plot_training({arm: run}, colours)
     if run.domains:
         drawn["held-out loss by step and domain"] = plots.plot_held_out({arm: run}, colours)
-    load, experts = run.expert_load, count_experts(folder)
+    load, experts = run.expert_load, count_experts(folder) if folder else {}
     if load and len(experts) == len(load["max"][0]):
         drawn["share of the busiest expert by layer and step"] = plots.plot_expert_load(load, experts)
     return drawn
@@ -98,14 +124,6 @@ def count_experts(folder: Path) -> dict[int, int]:
                 if found := _ROUTER.search(name):
                     counts[int(found[1])] = file.get_slice(name).get_shape()[0]
     return dict(sorted(counts.items()))
-
-
-def as_data_uri(svg: str) -> str:
-    """The SVG on white paper, as the address of a picture."""
-    body = svg[svg.index("<svg") :]
-    end = body.index(">") + 1
-    paper = f'{body[:end]}<rect width="100%" height="100%" fill="{_BACKGROUND}"/>{body[end:]}'
-    return "data:image/svg+xml;base64," + base64.b64encode(paper.encode("utf-8")).decode("ascii")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

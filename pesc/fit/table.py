@@ -76,15 +76,20 @@ def rows_of(fit: ArmFit) -> list[Row]:
         *(row(_NAMES.get(name, name), [_gigabytes(group.get(name, 0)) for group in groups]) for name in names),
         row("in all, a GPU", [_gigabytes(option.need.total) for option in options]),
         row("left", [_gigabytes(fit.usable - option.need.total) for option in options]),
-        row("tokens of the run", [f"{fit.tokens / 1e6:,.1f} M"] * len(options)),
+        row("tokens of the run", [f"{fit.tokens / 1e6:,.1f} M" if fit.tokens >= 1e6 else f"{fit.tokens:,}"] * len(options)),
         row("tokens/s, all GPUs", [_range(option.speed.tokens_per_second, ",.0f") for option in options]),
-        row("hours", [_range(option.speed.hours, ",.1f" if option.speed.hours[0] >= 1 else ".2g") for option in options]),
-        row("US dollars", [_range(option.speed.dollars, ",.0f") for option in options]),
+        row("hours", [_small(option.speed.hours, 0.01, ",.1f" if option.speed.hours[0] >= 1 else ".2g") for option in options]),
+        row("US dollars", [_small(option.speed.dollars, 1, ",.0f") for option in options]),
     ]
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if abs(size) >= 1e8 or not size else f"{size / 1e6:,.1f} MB"
+
+
+def _small(ends: tuple[float, float], least: float, style: str) -> str:
+    """The range, or that it is under what anybody counts."""
+    return _range(ends, style) if max(ends) >= least else f"under {least:g}"
 
 
 def _range(ends: tuple[float, float], style: str) -> str:
@@ -139,6 +144,17 @@ def notes_of(fits: Sequence[ArmFit], question: Question) -> Iterator[str]:
     if question.price is None:
         yield f"Prices: typical on-demand clouds, {PRICES_OF}, {_range(question.device.price, 'g')} dollars a GPU and hour (--price)."
     yield f"Blocks of an epoch: {question.blocks:,}, from {question.blocks_from}."
+
+
+def fits_markdown(recipe: str, fits: Sequence[ArmFit], question: Question) -> str:
+    """The same as a page: memory by group, speed and cost of each arm, then what the numbers stand on."""
+    parts = [f"# Training of {recipe}: does it fit?"]
+    for fit in fits:
+        head, _, trained = head_of(recipe, fit, question).partition("; ")
+        rows = [f"| {label} | {as_set} | {best} |" for label, as_set, best in rows_of(fit)]
+        parts += [f"## {fit.arm}", f"{head.partition(': ')[2]}; {trained}.", f"**{verdict_of(fit)}**"]
+        parts += ["\n".join(["| of one GPU | as set | recommended |", "| :-- | --: | --: |", *rows])]
+    return "\n\n".join([*parts, "## Where the numbers are from", "\n".join(f"- {note}" for note in notes_of(fits, question))])
 
 
 def print_fits(recipe: str, fits: Sequence[ArmFit], question: Question, console: Console | None = None) -> None:

@@ -24,6 +24,7 @@ from pesc.generate.settings import LoadOptions, Sampling
 from pesc.generate.streaming import PieceStreamer, Stop
 from pesc.model_argument import ModelPlace
 from pesc.models.placement import choose_device, device_map
+from pesc.remote_code import knows_type
 
 DEFAULT_NEW_TOKENS = 512
 """Tokens of a reply where neither an option nor the model's generation config says how many."""
@@ -151,9 +152,7 @@ def load_speaker(place: ModelPlace, options: LoadOptions) -> Speaker:
 
 
 def _check_trust(place: ModelPlace, options: LoadOptions) -> None:
-    from transformers import CONFIG_MAPPING
-
-    if "auto_map" in place.fields and place.fields.get("model_type") not in CONFIG_MAPPING and not options.trust_remote_code:
+    if "auto_map" in place.fields and not knows_type(place.fields.get("model_type")) and not options.trust_remote_code:
         raise ModelError(
             f"{place.name} is of model_type {place.fields.get('model_type')!r} and brings its own code, which would run on this machine: read "
             "it, then give --trust-remote-code."

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
+from pesc.redaction import redact
 
 
 def run_child(command: list[str], environment: dict[str, str], on_line: Callable[[str], None]) -> int:
-    """Run a command that dies with this process; each line of its output goes to `on_line`.  Returns its exit status."""
+    """Run a command that dies with this process; each line of its output goes to `on_line`, without secrets.  Returns its exit status."""
     child = subprocess.Popen(
         [sys.executable, "-m", "pesc.launch.guard", "--", *command],
         env={**child_environment(), **environment, PARENT_VARIABLE: str(os.getpid())},
@@ -25,7 +26,7 @@ def run_child(command: list[str], environment: dict[str, str], on_line: Callable
     with child:
         try:
             for line in child.stdout or ():
-                on_line(line.rstrip())
+                on_line(redact(line.rstrip()))
             return child.wait()
         except BaseException:
             child.kill()

@@ -24,6 +24,7 @@ from pesc.errors import RecipeError, StageFailedError
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
 from pesc.launch.torchrun import DEFAULT_PORT
+from pesc.redaction import redact
 
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d*)")
 _POLL_SECONDS = 0.2
@@ -76,11 +77,16 @@ def run_everywhere(machines: Sequence[Machine], argv: Sequence[str], ssh: str, s
     Raises StageFailedError with the name and the exit status of the first that fails, after the others have been ended.
     """
     running: dict[str, subprocess.Popen[str]] = {}
-    readers = []
+    readers, turn = [], threading.Lock()
+
+    def say_alone(line: str) -> None:
+        with turn:  # print writes a line and its end apart
+            say(line)
+
     try:
         for machine in machines:
             running[machine.name] = _start([*shlex.split(ssh), machine.name, shlex.join(argv)])
-            readers.append(threading.Thread(target=_follow, args=(machine.name, running[machine.name], say), daemon=True))
+            readers.append(threading.Thread(target=_follow, args=(machine.name, running[machine.name], say_alone), daemon=True))
             readers[-1].start()
         while any(child.poll() is None for child in running.values()) and not _failed(running):
             time.sleep(_POLL_SECONDS)
@@ -108,7 +114,7 @@ def _start(argv: list[str]) -> subprocess.Popen[str]:
 
 def _follow(name: str, child: subprocess.Popen[str], say: Callable[[str], None]) -> None:
     for line in child.stdout or ():
-        say(f"{name}: {line.rstrip()}")
+        say(f"{name}: {redact(line.rstrip())}")
 
 
 def _failed(running: dict[str, subprocess.Popen[str]]) -> str | None:

@@ -28,6 +28,7 @@ from pesc.launch.events import LogEmitter, ProgressEmitter, relay
 from pesc.launch.pool import worker_pool
 from pesc.launch.relay import ShardServer, relayed_shards
 from pesc.pipeline import Stage
+from pesc.redaction import redact_tree
 from pesc.stage import BuildResult, Execution, MapShards, StageContext
 
 JOB_NAME, RESULT_NAME, LOG_NAME = "job.json", "result.json", "log.txt"
@@ -127,9 +128,9 @@ def configure_logging(level: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically, and without secrets."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps(redact_tree(value), indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 

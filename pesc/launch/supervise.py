@@ -26,6 +26,7 @@ from typing import IO
 
 from pesc.launch.events import Event, parse
 from pesc.launch.guard import PARENT_VARIABLE
+from pesc.redaction import redact
 
 logger = logging.getLogger(__name__)
 TAIL_LINES = 50
@@ -173,6 +174,7 @@ class Output:
     def _note(self, text: str) -> None:
         text = text.rstrip("\r").rpartition("\r")[2]  # progress bars: what a terminal would still show
         if text.strip():
+            text = redact(text)
             self._log.write(f"{text}\n")
             self._lines.append(text)
             logger.debug("%s", text)

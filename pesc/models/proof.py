@@ -30,6 +30,7 @@ from pesc.models.nf4_files import NF4, read_weight, weight_specs
 from pesc.models.nf4_proof import STEP, compare_stored
 from pesc.models.tensor_files import TensorDirectory
 from pesc.models.upcycle import read_config
+from pesc.remote_code import refuse_own_code
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,8 @@ def encode(model_dir: Path, prompts: list[str]) -> list[torch.Tensor]:
     import pesc.models
 
     pesc.models.register()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    refuse_own_code(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     _check_fits(tokenizer, model_dir)
     encoded = [tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[:, :MAX_TOKENS] for prompt in prompts]
     return [ids for ids in encoded if ids.numel()]
@@ -138,7 +140,7 @@ def load(directory: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def run(model: Any, tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -22,5 +22,5 @@ class RoutingConfig(StageConfig):
         ge=99,
         description="Shuffles of the rows' domains that the p-values come from. Below 20 a layer, none can be below 0.05 after correction.",
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    seed: int = Field(default=42, ge=0)
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Of the weights and the computation.")
+    seed: int = Field(default=42, ge=0, description="Of the shuffles.")

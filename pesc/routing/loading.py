@@ -14,6 +14,7 @@ import pesc.models
 from pesc.errors import ModelError
 from pesc.models.placement import choose_device, device_map
 from pesc.moe.layer import set_dispatch
+from pesc.remote_code import refuse_own_code
 
 _ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError)
 
@@ -27,9 +28,10 @@ def load_model(directory: Path, name: str, dtype: str, device: str = "auto") -> 
     pesc.models.register()
     transformers_logging.disable_progress_bar()
     where = choose_device(device)
+    refuse_own_code(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=device_map(directory, where), output_loading_info=True
+            directory, dtype=dtype, device_map=device_map(directory, where), output_loading_info=True, trust_remote_code=False
         )
         model, info = loaded
     except torch.OutOfMemoryError:
@@ -47,7 +49,7 @@ def load_tokenizer(directory: Path, name: str) -> Any:
     """The tokenizer of a directory.  Raises ModelError."""
     pesc.models.register()
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except _ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer
 
+from pesc.redaction import redact_tree
 from pesc.store.digest import digest_json
 
 FORMAT = 1
 """Version of the fingerprint's and the manifest's layout."""
+RUN_OBJECTS = "objects"
+"""Folder beside a recipe's run records: what each run's actions gave, by digest, which a refresh may have replaced since."""
+
+
+def _inside(path: str) -> str:
+    """A relative path that stays in its folder."""
+    if path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} would lie outside of its folder")
+    return path
+
+
+def _one_name(name: str) -> str:
+    """The name of a directory, which leads nowhere else."""
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is no name of a directory")
+    return name
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Name = Annotated[str, AfterValidator(_one_name)]
+"""A stage, a fingerprint or a digest: the store makes paths of them, and a manifest may come from elsewhere."""
 
 
 class Key(BaseModel):
@@ -18,7 +40,7 @@ class Key(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    stage: str
+    stage: Name
     code_version: int
     config: dict[str, Any]
     """The stage's complete settings, defaults included."""
@@ -36,16 +58,16 @@ class ArtifactRef(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage: str
-    fingerprint: str
-    digest: str
+    stage: Name
+    fingerprint: Name
+    digest: Name
     size_bytes: int
 
 
 class OutputFile(BaseModel):
     """One file of the object."""
 
-    path: str
+    path: RelativePath
     size: int
     sha256: str
 
@@ -53,7 +75,7 @@ class OutputFile(BaseModel):
 class Output(BaseModel):
     """The object an action made."""
 
-    digest: str
+    digest: Name
     size_bytes: int
     files: list[OutputFile]
 
@@ -65,7 +87,7 @@ class Manifest(BaseModel):
 
     address: str = Field(description="Address in the recipe that made it, e.g. train[pesc].")
     recipe: str
-    fingerprint: str
+    fingerprint: Name
     key: Key
     input_fingerprints: dict[str, str] = Field(default_factory=dict, description="Input name -> fingerprint of the action that made it.")
     output: Output
@@ -80,6 +102,11 @@ class Manifest(BaseModel):
     made_by: Literal["build", "adopt"] = "build"
     reason: str = Field(default="", description="Why an earlier result was adopted.")
     prefect_run: str | None = None
+
+    @field_serializer("metrics", "provenance", "environment", "execution", "reason")
+    def _without_secrets(self, value: Any) -> Any:
+        """What is written holds none; the key is left as it is, a recipe with a secret having been refused."""
+        return redact_tree(value)
 
     @property
     def ref(self) -> ArtifactRef:

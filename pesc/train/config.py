@@ -16,9 +16,9 @@ UNQUANTIZED: tuple[Method, ...] = ("lora", "upcycle-full")
 class LoraConfig(StageConfig):
     """LoRA on the dense projections."""
 
-    rank: int = Field(default=64, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
+    rank: int = Field(default=64, ge=1, description="Width of the two matrices.")
+    alpha: float = Field(default=16.0, gt=0, description="Their product is scaled by alpha / rank.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of their input that is left out while training.")
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
@@ -78,17 +78,23 @@ class TrainConfig(StageConfig):
     quantization: Literal["nf4", "none"] = Field(
         default="nf4", description="nf4: 4-bit base with double quantisation. none: the only choice of methods lora and upcycle-full."
     )
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Of the computation, and of what is trained. float32: for CPUs without bf16 instructions."
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, description="After the warm-up, of every part that learning_rates does not name.")
     learning_rates: LearningRates = Field(default_factory=LearningRates)
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        default="constant_with_warmup", description="How the learning rate goes on after the warm-up: linear and cosine fall to 0."
+    )
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the optimizer steps spent warming up.")
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=0.3, gt=0)
-    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused"] = "paged_adamw_8bit"
-    epochs: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, a step and unit of the learning rate.")
+    max_grad_norm: float = Field(default=0.3, gt=0, description="A longer gradient is cut to this length.")
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused"] = Field(
+        default="paged_adamw_8bit", description="AdamW; 8bit: a quarter of the memory for its states; paged: they may leave a full GPU."
+    )
+    epochs: float = Field(default=1.0, gt=0, description="How often the mixture is gone through.")
     max_steps: int | None = Field(default=None, gt=0, description="Stop after this many optimizer steps, whatever epochs says.")
     global_batch_size: int = Field(default=128, ge=1, description="Packed blocks in one optimizer step, over all ranks.")
     micro_batch_size: int = Field(default=1, ge=1, description="Packed blocks in one forward pass of one rank.")

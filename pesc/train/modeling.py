@@ -25,6 +25,7 @@ from pesc.models import mixtral
 from pesc.models.nf4 import quantization_config
 from pesc.moe.layer import sparse_parameters
 from pesc.moe.router import find_routers
+from pesc.remote_code import refuse_own_code
 from pesc.train.config import TrainConfig
 from pesc.train.order import derive_seed
 
@@ -91,6 +92,7 @@ def _load_base(model_dir: Path, config: TrainConfig, device: str) -> PreTrainedM
         "dtype": getattr(torch, config.compute_dtype),
         "device_map": {"": device},
         "attn_implementation": pick_attention(device),
+        "trust_remote_code": False,
     }
     if config.quantization == "nf4":
         options["quantization_config"] = quantization_config(config.compute_dtype)
@@ -104,8 +106,9 @@ def _read_config(model_dir: Path, config: TrainConfig) -> Any:
     """The model's config; balancing by bias gives the routers their bias."""
     from transformers import AutoConfig
 
+    refuse_own_code(model_dir)
     try:
-        read = AutoConfig.from_pretrained(model_dir)
+        read = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {' '.join(str(error).split())}") from error
     if found := getattr(read, "quantization_config", None):

@@ -262,16 +262,16 @@ class PrefectServer:
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"}, method=method)
         if auth := self.environment.get("PREFECT_API_AUTH_STRING"):
             request.add_header("Authorization", f"Basic {b64encode(auth.encode()).decode()}")
-        for again in (True, True, True, False):
+        for tries_left in reversed(range(10)):
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     text = answer.read()
-                return json.loads(text) if text else None
+                break
             except urllib.error.HTTPError as error:
-                if not (again and error.code == 503):  # SQLite was locked; Prefect's own client asks again as well
+                if error.code != 503 or not tries_left:  # 503: SQLite was busy; Prefect's own client tries again as well
                     raise AssertionError(f"{method} {path}: {error.code} {error.read().decode()}") from error
-                time.sleep(1)
-        raise AssertionError("unreachable")
+                time.sleep(0.5)
+        return json.loads(text) if text else None
 
     def _server_lives(self, log: Path) -> bool:
         assert self._server

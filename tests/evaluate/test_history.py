@@ -18,10 +18,13 @@ from pesc.run import run_recipe
 from pesc.stage import BuildResult, StageContext
 from tests.evaluate.builders import make_result, make_samples
 
+SCORE: list[int] = []
+
 
 def build_evaluation(ctx: StageContext) -> BuildResult:
-    """A score that is the seed: so many of 100 right."""
-    correct = [1] * ctx.config.seed + [0] * (100 - ctx.config.seed)
+    """A score that is the seed, or SCORE where that is set: so many of 100 right."""
+    right = (SCORE or [ctx.config.seed])[0]
+    correct = [1] * right + [0] * (100 - right)
     write_results(ctx.out, make_result(correct, task=ctx.config.task, settings=ctx.config), make_samples(correct, ctx.config.task))
     return BuildResult()
 
@@ -34,8 +37,9 @@ def score(tiny_recipe, fakes, store, monkeypatch):
         pipeline._BY_NAME, "evaluate", replace(original, builder=f"{__name__}:build_evaluation", isolated=False, preflight="")
     )
 
-    def run(seed: int):
-        return run_recipe(tiny_recipe(evaluate={"benchmarks": {"quiz": {"seed": seed}}}), store, Selection(until=("evaluate",)))
+    def run(seed: int, **selection):
+        selected = Selection(until=("evaluate",), **selection)
+        return run_recipe(tiny_recipe(evaluate={"benchmarks": {"quiz": {"seed": seed}}}), store, selected)
 
     return run
 
@@ -51,6 +55,26 @@ def test_a_run_that_finds_the_result_is_a_point_as_one_that_computes_it(score, s
     assert [point.digest for point in points] == [outcome["evaluate[pesc/quiz]"].ref.digest for outcome in outcomes]
     assert [point.changed for point in points] == [(), (), ("config.seed 40 → 55",)]
     assert (points[0].low, points[0].high) == pytest.approx((30.94, 49.80), abs=0.01), "Wilson's interval of 40 of 100"
+
+
+def test_a_refresh_does_not_rewrite_the_history(score, store, monkeypatch):
+    """A benchmark that is not deterministic, or other hardware: the same key gives other numbers."""
+    first = score(40)["evaluate[pesc/quiz]"].ref
+    monkeypatch.setattr(f"{__name__}.SCORE", [47])
+    second = score(40, refresh=("evaluate",))["evaluate[pesc/quiz]"].ref
+    assert first.fingerprint == second.fingerprint
+    points = read_history(store, "tiny")["evaluate[pesc/quiz]"]
+    assert [point.value for point in points] == pytest.approx([40, 47])
+    assert [point.digest for point in points] == [first.digest, second.digest]
+    assert [point.changed for point in points] == [(), ("made again, with another result",)]
+    shutil.rmtree(store.object_path(first.digest))
+    assert [point.value for point in read_history(store, "tiny")["evaluate[pesc/quiz]"]] == pytest.approx([47]), "gone, not replaced"
+
+
+def test_a_record_of_an_earlier_version_has_no_digests(score, store):
+    score(40)
+    shutil.rmtree(store.root / "runs" / "tiny" / "objects")
+    assert [point.value for point in read_history(store, "tiny")["evaluate[pesc/quiz]"]] == pytest.approx([40])
 
 
 def test_a_removed_object_or_a_torn_record_costs_its_points_only(score, store):
@@ -76,7 +100,12 @@ def test_the_page_has_a_line_a_benchmark_and_says_what_changed(score, store):
     assert "same result" in lines[1]
     assert "first run" in lines[2]
     rows = history_rows(history)
-    assert [row["value"] for row in rows if row["benchmark"] == "evaluate[pesc/quiz]"] == [55.0, 40.0, 40.0]
+    assert [row["score"] for row in rows if row["benchmark"] == "pesc/quiz"] == [
+        "55.0 [45.2, 64.4]",
+        "40.0 [30.9, 49.8]",
+        "40.0 [30.9, 49.8]",
+    ]
+    assert max(len(" ".join(map(str, row.values()))) for row in rows) < 90, "a row fits the UI's column"
     alone = benchmark_markdown("evaluate[pesc/quiz]", "tiny", history["evaluate[pesc/quiz]"])
     assert alone.startswith("# evaluate[pesc/quiz] of tiny\n\n**55.0 [45.2, 64.4]** acc")
     assert f"`pesc reproduce {history['evaluate[pesc/quiz]'][-1].digest[:12]}`" in alone

@@ -28,6 +28,21 @@ def task_messages(flow_run_id: UUID, expected: int) -> dict[str, str]:
     return {run.name.split()[0]: (run.state.message if run.state else "") or "" for run in runs}
 
 
+def run_name(flow_run_id: UUID) -> str:
+    """The name that the UI shows."""
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(flow_run_id).name
+
+
+def parents(flow_run_id: UUID, expected: int) -> dict[str, set[str]]:
+    """Addresses by address: the arrows of the UI's graph."""
+    task_states(flow_run_id, expected)
+    with get_client(sync_client=True) as client:
+        nodes = dict(client.request("GET", f"/flow_runs/{flow_run_id}/graph-v2").json()["nodes"])
+    names = {run: node["label"].split()[0] for run, node in nodes.items()}
+    return {names[run]: {names[parent["id"]] for parent in node["parents"]} for run, node in nodes.items()}
+
+
 def artifacts(flow_run_id: UUID) -> dict[str, str]:
     """Text of a flow run's artifacts by key."""
     with get_client(sync_client=True) as client:

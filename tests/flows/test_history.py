@@ -42,7 +42,7 @@ def test_two_runs_give_two_versions_of_each_benchmark_and_a_line_through_both(re
     assert "config.seed 40 → 55" in second
     assert latest("history-tiny").count("data:image/svg+xml") == 1
     assert "40.0" in latest("history-tiny")
-    assert '"value": 55.0' in latest("history-table-tiny")
+    assert '"score": "55.0 [45.2, 64.4]"' in latest("history-table-tiny")
     stages.evaluate(recipe=recipe_file, store=str(store.root), instance="pesc/quiz", overrides=["evaluate.benchmarks.quiz.seed=55"])
     third = versions(key)[2:]
     assert len(third) == 1, "a run that finds its result is a point too"

@@ -28,6 +28,38 @@ def test_bounds_and_choices_are_those_of_the_recipe():
             stage_settings("train").__args__[0].model_validate(wrong)
 
 
+def test_every_field_of_the_form_has_its_name_in_a_recipe_and_a_sentence():
+    schema = RecipeSettings.model_json_schema()
+    fields = {(name, field): spec for name, model in schema["$defs"].items() for field, spec in model.get("properties", {}).items()}
+    assert len(fields) > 120
+    assert [name for name, spec in fields.items() if not spec.get("description", "").endswith((".", "!", "?", ")"))] == []
+    assert {name[1]: spec["title"] for name, spec in fields.items()} == {name[1]: name[1] for name in fields}
+    assert fields["TrainSettings", "max_grad_norm"]["description"].endswith("Where a recipe says nothing: 0.3.")
+    assert schema["properties"]["train"]["description"].startswith("One training run.")
+    assert "what is left out stays as it is" in schema["description"]
+    for flow in (pipeline, *(getattr(stages, name) for name in STAGE_NAMES)):
+        top = parameter_schema(flow.fn).model_dump()["properties"]
+        assert all(spec.get("description") for spec in top.values()), flow.name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"overrides": ["sources.rows.uri=https://ada:pw@host/x"]}, {"overrides": ["description=hf_abcdefghijklmnopqrstuvw"]},
+        {"settings": {"sources": {"rows": {"uri": "https://ada:pw@host/x"}}}}, {"settings": {"name": "hf_abcdefghijklmnopqrstuvw"}},
+    ],
+)  # fmt: skip
+def test_the_server_refuses_a_secret_before_it_stores_it(wrong):
+    schema = parameter_schema(pipeline.fn).model_dump()
+    with pytest.raises(jsonschema.ValidationError, match="should not be valid"):
+        jsonschema.validate(wrong, schema)
+    fine = {
+        "overrides": ["sources.rows.uri=abfs://box@host/x"],
+        "settings": {"sources": {"rows": {"uri": "s3://b/x"}}, "name": None, "train": {"seed": 1}},
+    }
+    jsonschema.validate(fine, schema)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_complete_recipe_is_a_valid_parameter_and_changes_nothing(name):
     recipe = load_recipe(name)

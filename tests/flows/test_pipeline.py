@@ -6,6 +6,7 @@ import pytest
 
 from flows.pipeline import pipeline
 from pesc.errors import DataError, HolesError, RecipeError
+from pesc.pipeline import build_graph
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
 from pesc.run import run_recipe
@@ -134,7 +135,7 @@ def test_a_benchmark_that_dies_is_a_failed_task_and_a_hole_and_the_next_run_fill
 def test_the_ui_gets_the_plan_the_results_and_the_library_s_log(recipe_file, fakes, store):
     flow_run_id, _ = run(recipe_file, store)
     shown = observe.artifacts(flow_run_id)
-    assert "| RUN | `dedup` | never built; waits for download[rows] |" in shown["plan-tiny"]
+    assert "| **RUN** | `dedup` | never built; waits for download[rows] |" in shown["plan-tiny"]
     assert "```mermaid" in shown["plan-tiny"]
     assert "61.0" in shown["benchmarks-tiny"]
     assert "report.html" in shown["page-tiny"]
@@ -142,6 +143,14 @@ def test_the_ui_gets_the_plan_the_results_and_the_library_s_log(recipe_file, fak
     assert "learning_rate" in shown["train-pesc-tiny"]
     assert "rows" in shown["train-pesc-tiny"]
     assert any("pesc" in line and "built in" in line for line in observe.logs(flow_run_id, "report tiny"))
+
+
+def test_the_graph_of_the_run_is_the_recipe_s(recipe_file, fakes, store):
+    first, _ = run(recipe_file, store)
+    second, _ = run(recipe_file, store, refresh=["merge[qlora]"])
+    wanted = {node.address: set(node.inputs.values()) for node in build_graph(load_recipe(recipe_file)).nodes}
+    assert observe.parents(first, 14) == wanted
+    assert observe.parents(second, 14) == wanted, "cached ones as well"
 
 
 def test_the_manifest_names_the_flow_run(recipe_file, fakes, store):

@@ -37,6 +37,28 @@ def test_one_benchmark_of_one_arm_runs_again_alone(recipe_file, fakes, store):
     assert state.result()["evaluate[qlora/quiz]"].how == "built"
 
 
+def test_a_run_is_named_by_stage_recipe_and_fingerprint(recipe_file, fakes, store):
+    from flows.pipeline import pipeline
+
+    run_recipe(load_recipe(recipe_file), store, Selection(until=("mix",)))
+    names, refs = [], []
+    for settings in (None, {"learning_rate": 1e-05}):
+        flow_run_id, state = run("train", recipe_file, store, instance="qlora", settings=settings, build_missing=True)
+        again, _ = run("train", recipe_file, store, instance="qlora", settings=settings)
+        names.append([observe.run_name(flow_run_id), observe.run_name(again)])
+        refs.append(state.result()["train[qlora]"].ref.fingerprint[:8])
+    assert names[0] == ["train[qlora] tiny", f"train[qlora] tiny {refs[0]}"], "before tokenize, nobody knows the fingerprint"
+    assert names[1] == [f"train[qlora] tiny {refs[1]}"] * 2
+    assert refs[0] != refs[1]
+    changes = ({}, {}, {"settings": {"mix": {"seed": 3}}})
+    states = [pipeline(recipe=recipe_file, store=str(store.root), until=["mix"], return_state=True, **more) for more in changes]
+    first, second, third = (observe.run_name(state.state_details.flow_run_id) for state in states)
+    assert first == second != third
+    assert all(len(name.removeprefix("tiny ")) == 8 for name in (first, third))
+    broken = stages.mix(recipe=f"{recipe_file}.none.yaml", store=str(store.root), return_state=True)
+    assert observe.run_name(broken.state_details.flow_run_id) == "mix tiny.yaml.none"
+
+
 def test_typed_settings_and_execution_reach_the_stage(recipe_file, fakes, store):
     run_recipe(load_recipe(recipe_file), store, Selection(until=("train[qlora]",)))
     settings = {"learning_rate": 1e-05, "lora": {"rank": 8}}

@@ -1,6 +1,7 @@
 """What the Prefect UI is shown."""
 
 import logging
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pesc.recipe import recipe_from_dict
 from pesc.run import run_recipe
 from pesc.stage import Progress
 from tasks import reporting
+from tasks.reporting import artifacts
 from tests.data.card_recipe import small_recipe
 
 
@@ -40,7 +42,7 @@ def test_the_plan_shows_the_reason_and_marks_what_runs(fakes, store, tiny_recipe
     run_recipe(tiny_recipe(), store)
     recipe = tiny_recipe(dedup={"near_duplicate_threshold": 0.7})
     text = reporting.plan_markdown(make_plan(recipe, store, Selection(until=("mix",))), build_graph(recipe))
-    assert "| RUN | `dedup` | config.near_duplicate_threshold 0.8 → 0.7 |" in text
+    assert "| **RUN** | `dedup` | config.near_duplicate_threshold 0.8 → 0.7 |" in text
     assert '["dedup"]:::run' in text
     assert '["download[rows]"]\n' in text
     assert "train[pesc]" not in text
@@ -50,7 +52,7 @@ def test_a_result_shows_its_settings_and_measurements(fakes, store, tiny_recipe)
     outcome = run_recipe(tiny_recipe(), store)["train[pesc]"]
     text = reporting.result_markdown(store, store.manifest("train", outcome.ref.fingerprint))
     assert text.startswith("# train[pesc] of tiny")
-    assert '"learning_rate": 0.0002' in text
+    assert "learning_rate: 0.0002" in text
     assert "| rows | 2 |" in text
     assert outcome.ref.fingerprint in text
 
@@ -60,10 +62,8 @@ def progress(fakes, tiny_recipe, monkeypatch, caplog):
     """A progress report on a clock of its own; `shown` collects what the UI gets."""
     recipe, clock, shown = tiny_recipe(), [0.0], []
     job = make_job(build_graph(recipe).by_address["download[base]"], recipe, {})
-    from uuid import uuid4
-
-    monkeypatch.setattr(reporting, "create_progress_artifact", lambda percent, **_: shown.append(percent) or uuid4())
-    monkeypatch.setattr(reporting, "update_progress_artifact", lambda _id, percent, **_: shown.append(percent))
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda percent, **_: shown.append(percent) or uuid4())
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _id, percent, **_: shown.append(percent))
     caplog.set_level(logging.INFO)
     return reporting.ProgressReport(job, logging.getLogger("progress"), lambda: clock[0]), clock, shown
 
@@ -90,7 +90,7 @@ def test_a_server_that_is_away_costs_a_view_and_no_run(progress, monkeypatch, ca
     def away(*_args, **_kwargs):
         raise ConnectionError("no server")
 
-    monkeypatch.setattr(reporting, "create_progress_artifact", away)
+    monkeypatch.setattr(artifacts, "create_progress_artifact", away)
     clock[0] = 11.0
     report(Progress(1, 2))
     assert "no server" in caplog.text
@@ -104,7 +104,7 @@ def test_a_cancellation_passes_through_a_view(progress, monkeypatch):
     def cancelled(*_args, **_kwargs):
         raise TerminationSignal(signal=15)
 
-    monkeypatch.setattr(reporting, "create_progress_artifact", cancelled)
+    monkeypatch.setattr(artifacts, "create_progress_artifact", cancelled)
     clock[0] = 11.0
     with pytest.raises(TerminationSignal):
         report(Progress(1, 2))
@@ -114,7 +114,7 @@ def test_the_data_card_is_published_as_markdown(store, tmp_path, monkeypatch):
     recipe = recipe_from_dict(small_recipe(tmp_path / "sources", ["Why is the sky blue?", "Name a moon of Jupiter."]))
     run_recipe(recipe, store, Selection(until=("mix",)))
     shown = {}
-    monkeypatch.setattr(reporting, "create_markdown_artifact", lambda text, key, **_: shown.update({key: text}))
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda text, key, **_: shown.update({key: text}) or uuid4())
     reporting.publish_card(store, recipe)
     assert list(shown) == ["data-card-small"]
     assert "## The mixture" in shown["data-card-small"]

@@ -3,6 +3,7 @@
 import base64
 import re
 from dataclasses import replace
+from uuid import uuid4
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from pesc.routing.results import write_result
 from pesc.run import run_recipe
 from pesc.stage import BuildResult
 from tasks import reporting
+from tasks.reporting import artifacts
 from tests.routing.builders import make_observation
 
 
@@ -31,7 +33,7 @@ def test_a_routing_is_an_artifact_with_its_pictures(fakes, store, tiny_recipe, m
     monkeypatch.setitem(pipeline._BY_NAME, "routing", stage)
     outcome = run_recipe(tiny_recipe(), store, Selection(until=("routing[pesc]",)))["routing[pesc]"]
     shown = {}
-    monkeypatch.setattr(reporting, "create_markdown_artifact", lambda text, key, **_: shown.update({key: text}))
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda text, key, **_: shown.update({key: text}) or uuid4())
     reporting.publish_routing(store, outcome)
     (text,) = shown.values()
     assert set(shown) == {"routing-pesc-experts-tiny"}

@@ -25,21 +25,24 @@ __all__ = ["DATA_STAGES", "Card", "CardInputs", "SourceFacts", "built_data", "re
 
 @dataclass(frozen=True)
 class Card:
-    """The two forms of a data card."""
+    """The forms of a data card."""
 
     html: str
     """Self-contained: no script, no network."""
     markdown: str
+    embedded: str
+    """Markdown with the figures in it and the samples folded, for a page that has no files beside it (the Prefect UI)."""
 
 
 def render_card(inputs: CardInputs) -> Card:
-    """Both forms.  Raises DataError when an object lacks the files that its stage writes."""
+    """Every form.  Raises DataError when an object lacks the files that its stage writes."""
     from pesc.data.card.parts import page_html, page_markdown
     from pesc.data.card.sections import headline, sections_of
 
     sections = sections_of(inputs)
     title, lead, facts = headline(inputs)
-    return Card(page_html(title, lead, facts, sections), page_markdown(title, lead, facts, sections))
+    embedded = page_markdown(title, lead, facts, sections, is_embedded=True)
+    return Card(page_html(title, lead, facts, sections), page_markdown(title, lead, facts, sections), embedded)
 
 
 def write_card(inputs: CardInputs, out: Path) -> tuple[Path, Path]:

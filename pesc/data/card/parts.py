@@ -6,11 +6,16 @@ A table cell is text; what follows its first line break is shown smaller (HTML) 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pesc.data_uri import as_data_uri
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _MARKUP = re.compile(r"([\\`*_\[\]#|~])")
+_NARROW = 76
+"""Characters of a line in a code block of the Prefect UI."""
 CLIP = 1200
 """Characters of a text shown."""
 
@@ -98,14 +103,16 @@ def page_html(title: str, lead: str, facts: Sequence[tuple[str, str, str]], sect
     return environment.get_template("card.html.j2").render(title=title, lead=lead, facts=facts, sections=sections)
 
 
-def page_markdown(title: str, lead: str, facts: Sequence[tuple[str, str, str]], sections: Sequence[Section]) -> str:
-    """The same as markdown."""
+def page_markdown(
+    title: str, lead: str, facts: Sequence[tuple[str, str, str]], sections: Sequence[Section], is_embedded: bool = False
+) -> str:
+    """The same as markdown.  is_embedded: figures are in it, and samples are folded."""
     lines = [f"# {escape(title)}", "", escape(lead), ""]
     lines += [*(f"- **{escape(name)}**: {escape(value)}{f' ({escape(remark)})' if remark else ''}" for name, value, remark in facts), ""]
     for section in sections:
         lines += [f"## {escape(section.title)}", ""]
         for part in section.parts:
-            lines += [*_markdown(part), ""]
+            lines += [*(_embedded(part) if is_embedded else _markdown(part)), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -129,6 +136,22 @@ def _markdown(part: Part) -> list[str]:
             cells = [[escape(cell) for cell in part.header], *cells, *([_cell(cell) for cell in row] for row in part.rows)]
             title = [f"### {escape(part.title)}", ""] if part.title else []
             return [*title, *("| " + " | ".join(row) + " |" for row in cells)]
+
+
+def _embedded(part: Part) -> list[str]:
+    match part:
+        case Figure(name, svg, caption):
+            return [f"![{escape(name)}]({as_data_uri(svg)})", "", f"*{escape(caption)}*"]
+        case Texts(summary, texts):
+            shown = ([f"{escape(label)}:", "", *_fenced(_wrapped(text)), ""] for label, text in texts)
+            return [f"<details><summary>{escape(summary)}</summary>", "", *(line for lines in shown for line in lines), "</details>"]
+        case _:
+            return _markdown(part)
+
+
+def _wrapped(text: str) -> str:
+    """Lines that a narrow page shows whole."""
+    return "\n".join("\n".join(textwrap.wrap(line, _NARROW, replace_whitespace=False)) or "" for line in text.split("\n"))
 
 
 def _cell(text: str) -> str:
