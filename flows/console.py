@@ -23,6 +23,7 @@ from pesc.cli import From, Only, Overrides, RecipeArgument, Refresh, StoreOption
 from pesc.console import render_report
 from pesc.errors import HolesError, PescError, RecipeError
 from pesc.recipe import load_recipe
+from pesc.redaction import redact_error
 from pesc.store import Store
 from tasks.reporting import seconds_text
 
@@ -107,8 +108,12 @@ def main() -> None:
     except RuntimeError as error:
         sentence = server_sentence(error)
         if sentence is None:
+            redact_error(error)
             raise
         _fail(sentence, 1)
+    except Exception as error:  # a defect of this package: its traceback is shown, without secrets
+        redact_error(error)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -38,6 +38,7 @@ from prefect.task_runners import TaskRunner
 from pesc.errors import PescError, RecipeError, StageFailedError
 from pesc.launch.pool import ONE_THREAD, count_workers, worker_pool
 from pesc.stage import Execution, MapShards
+from tasks.secrets import clean_errors, hide_secrets
 
 MAX_TASK_RUNS = 32
 _LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
@@ -144,9 +145,11 @@ def do_shards(shards: bytes, label: str) -> bytes | State[bytes]:
 
     An error that the user can mend makes the task run Failed with its sentence; raised, it would be logged with a traceback.
     """
+    hide_secrets()
     function, items = pickle.loads(shards)
     try:
-        return pickle.dumps([function(item) for item in items], pickle.HIGHEST_PROTOCOL)
+        with clean_errors():
+            return pickle.dumps([function(item) for item in items], pickle.HIGHEST_PROTOCOL)
     except PescError as error:
         return Failed(message=str(error), data=error)
 
