@@ -18,6 +18,7 @@ from pesc.errors import InterruptedStageError, PescError, StageFailedError, Work
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 FAILURE = "Flow run encountered an exception: "
 """What Prefect writes before the class and the sentence of an error."""
+WITH_PARENT = "The run that started it has ended."
 _TAKEN_AWAY = ("termination signal", "interrupt signal", "status code: 143", "status code: -15", "no sign of life")
 _KILLED = ("status code: 137", "status code: -9", "status code: 247")
 
@@ -46,14 +47,10 @@ def cancel(client: SyncPrefectClient, flow_run: UUID) -> None:
         run = client.read_flow_run(flow_run)
         if run.state is None or run.state.is_final():
             return
-        client.set_flow_run_state(
-            flow_run, Cancelling(message="The run that started it has ended.")
-        )  # a scheduled one is Cancelled by this
+        client.set_flow_run_state(flow_run, Cancelling(message=WITH_PARENT))  # this makes a scheduled one Cancelled
         run = client.read_flow_run(flow_run)
-        if run.state and run.state.is_cancelling() and run.start_time is None:  # and, being cancelled, it cannot start any more
-            client.set_flow_run_state(
-                flow_run, Cancelled(message="Cancelled before it began: the run that started it has ended."), force=True
-            )
+        if run.state and run.state.is_cancelling() and run.start_time is None:  # it has not begun, and now it cannot any more
+            client.set_flow_run_state(flow_run, Cancelled(message=WITH_PARENT), force=True)
     except ObjectNotFound:
         return
 

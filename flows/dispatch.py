@@ -39,9 +39,9 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
 from flows.chain import CHILD_TAG
-from flows.children import Pickup, cancel, children_of, error_of
+from flows.children import Pickup, cancel, cancel_children, children_of, error_of
 from pesc.build import Job, OpenShards, Outcome
-from pesc.errors import InterruptedStageError, RecipeError, StoreError, WorkerLostError
+from pesc.errors import InterruptedStageError, PescError, RecipeError, StoreError, WorkerLostError
 from pesc.pipeline import Node, build_graph
 from pesc.plan import Plan
 from pesc.stage import Progress
@@ -88,13 +88,15 @@ class Dispatched:
             )
 
     def build(self, store: Store, job: Job, _on_progress: Callable[[Progress], None], _shards: OpenShards) -> Outcome:
-        """Start a child for the job, wait for it, and open its result.  Whatever interrupts the wait cancels the child."""
+        """Start a child for the job, wait for it, and open its result.  What interrupts that ends the child."""
         started = time.monotonic()
-        child = self._start(job)
         try:
+            child = self._start(job)
             self._wait_for(child, job.address)
-        except BaseException:
-            self._end(child)
+        except PescError:
+            raise
+        except BaseException:  # cancelled, Ctrl-C: also a child that was asked for and of which no answer has come yet
+            self._end(lambda client: cancel_children(client, UUID(flow_run.get_id())))
             raise
         return Outcome(job.address, self._result(store, job, child).ref, "hit", time.monotonic() - started)  # built there, opened here
 
@@ -169,19 +171,21 @@ class Dispatched:
             if complaint := self._ask(lambda client, run=run: pickup.complaint(run, client)):
                 get_run_logger().warning("%s", complaint)
             elapsed = time.monotonic() - started
-            self._pause(min(LAST_LOOK_SECONDS, FIRST_LOOK_SECONDS + elapsed / 20), address)
+            self._pause(min(LAST_LOOK_SECONDS, FIRST_LOOK_SECONDS + elapsed / 20), address, child)
 
-    def _pause(self, seconds: float, address: str) -> None:
+    def _pause(self, seconds: float, address: str, child: FlowRun | None = None) -> None:
         if self._stopped.wait(seconds):
+            if child:
+                self._end(lambda client: cancel(client, child.id))
             raise InterruptedStageError(f"The run was stopped while {address} was under way; run it again to go on.")
 
-    def _end(self, child: FlowRun) -> None:
-        """Cancel a child; the hook does it when this cannot."""
+    def _end(self, cancel_some: Callable[[SyncPrefectClient], object]) -> None:
+        """Cancel children; the hook does it when this cannot."""
         try:
             with impatient():
-                cancel(get_client(sync_client=True), child.id)
+                cancel_some(get_client(sync_client=True))
         except Exception as error:
-            get_run_logger().warning("Flow run %s could not be cancelled (%s: %s).", child.name, type(error).__name__, error)
+            get_run_logger().warning("What this run has started could not be cancelled (%s: %s).", type(error).__name__, error)
 
     def _result(self, store: Store, job: Job, child: FlowRun) -> Manifest:
         end = time.monotonic() + VISIBLE_SECONDS

@@ -146,7 +146,7 @@ class Series:
                 flow.kill()
                 code = flow.wait()
             assert gone(below), f"still there: {[pid for pid in below if alive(pid)]}"
-            return code or None
+            return None if code else 0
         finally:
             if flow.poll() is None:
                 flow.kill()
