@@ -5,6 +5,7 @@ No image has been built in these tests, and no container started.
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import json
 import os
@@ -13,12 +14,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 from docker.utils.build import exclude_paths
 
+from deployments.docker.healthy import main
 from deployments.fleet import IMAGE_HOME, IMAGE_STORE, load_fleet
 from pesc import __version__
 
@@ -212,6 +215,19 @@ def test_everything_waits_until_what_it_needs_is_healthy(services):
     assert needs["bootstrap"] == {"server": "service_healthy"}
     assert all(needs[f"{name}-worker"] == {"bootstrap": "service_completed_successfully"} for name in ("cpu", "gpu", "orchestrate"))
     assert all("healthcheck" in services[name] for name in ("database", "server", "cpu-worker", "gpu-worker", "orchestrate-worker"))
+
+
+def test_a_health_check_says_whether_it_answers(services):
+    """A string with spaces would not do: podman's Docker API takes it apart."""
+    checks = [service["healthcheck"]["test"] for name, service in services.items() if "healthcheck" in service and name != "database"]
+    assert {tuple(check[:3]) for check in checks} == {("CMD", "python", "deployments/docker/healthy.py")}
+    assert {check[3] for check in checks} == {"4200/api/health", "8080/health"}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        assert main(f"{web.server_port}/") == 0
+        assert main(f"{web.server_port}/nowhere") == 1
+        web.shutdown()
+    assert main("9/health") == 1
 
 
 def test_only_the_server_can_be_reached_and_only_from_this_machine(services):
