@@ -44,8 +44,7 @@ def optional_settings(model: type[BaseModel], name: str | None = None) -> type[B
 def _description(field: FieldInfo) -> str:
     """What the form says under a field's name, with the value that it has where a recipe says nothing."""
     kind = field.annotation
-    is_block = isinstance(kind, type) and issubclass(kind, BaseModel)
-    text = (field.description or (_first_line(kind) if is_block else "")).strip()
+    text = (field.description or (_first_line(kind) if isinstance(kind, type) and issubclass(kind, BaseModel) else "")).strip()
     text = text if text.endswith((".", "!", "?")) or not text else f"{text}."
     default = field.default
     if isinstance(default, bool | int | float) or (isinstance(default, str) and default):

@@ -117,9 +117,8 @@ def run_jobs_at_once(
 
 
 def _submit(threads: ThreadPoolTaskRunner[Any], call: _Call, store: Store) -> PrefectConcurrentFuture[ArtifactRef]:
-    return threads.submit(
-        call.task.with_options(**WITHOUT_DELAY), {"job": quote(call.job), "store": str(store.root)}, upstream_states(call.job)
-    )
+    given, before = {"job": quote(call.job), "store": str(store.root)}, upstream_states(call.job)
+    return threads.submit(call.task.with_options(**WITHOUT_DELAY), given, before)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _result(call: _Call, future: PrefectConcurrentFuture[ArtifactRef]) -> Outcome | PescError:

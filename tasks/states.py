@@ -15,7 +15,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.results import ResultRecord
+from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from prefect.runtime import flow_run
 
 from pesc.build import Job
