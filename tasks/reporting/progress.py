@@ -46,7 +46,7 @@ class ProgressReport:
 
     @best_effort
     def _show(self, progress: Progress) -> None:
-        percent = min(100.0, 100 * progress.done / progress.total) if progress.total else 0.0
+        percent = round(min(100.0, 100 * progress.done / progress.total), 1) if progress.total else 0.0
         description = f"{self._job.label}: {progress_line(progress)}"
         if self._bar is None:
             self._bar = write_progress(artifact_key("progress", self._job.address, self._job.recipe), percent, description)

@@ -13,7 +13,7 @@ from tests.deployments.servers import wait_for
 from tests.ui.browser import Browser
 from tests.ui.conftest import Stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 KINDS = {
     "plan-small": "What", "lineage-small": "What came from what", "fit-small": "does it fit", "run-small": "built", "cost-small": "together",
     "data-card-small": "From rows read to rows kept", "dedup-small": "Measured", "train-pesc-small": "Measured", "training-train-pesc-small": "Held-out loss",
@@ -65,6 +65,7 @@ def test_every_kind_of_artifact_is_legible(stage: Stage, browser: Browser, first
 def test_the_graphs_are_drawn_large_enough_to_be_read(stage: Stage, browser: Browser, first_run: str, key: str, boxes: int):
     browser.artifact(stage.artifacts(first_run)[key]["id"])
     nodes = browser.page.locator(".prose svg .node")
+    nodes.nth(boxes - 1).wait_for()
     assert nodes.count() == boxes
     size = browser.page.evaluate(
         "() => { const n = document.querySelector('.prose svg .node').getBoundingClientRect(); return [n.width, n.height]; }"
@@ -87,14 +88,18 @@ def test_the_graph_of_a_run_shows_its_tasks(stage: Stage, browser: Browser, firs
     assert green > 300, "the bars of finished tasks"
 
 
+@pytest.mark.timeout(1800)
 def test_one_scheduled_run_after_another_is_a_history(stage: Stage, browser: Browser, first_run: str):
     stage.scores.write_text("[44, 44, 52, 52, 47, 47]")
     deployment = stage.deployment("pipeline")
     schedule = {"schedule": {"interval": 20}, "active": True, "slug": "soon", "parameters": {"refresh": ["evaluate[pesc]"]}}
+    one_at_a_time = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "CANCEL_NEW"}}
+    stage.server.patch(f"deployments/{deployment}", one_at_a_time)
     [made] = stage.server.post(f"deployments/{deployment}/schedules", [schedule])
     wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}, "state": {"type": {"any_": ["COMPLETED"]}}}}
-    done = wait_for(lambda: len(found := stage.server.post("flow_runs/filter", wanted)) >= 3 and found, 400, "three scheduled runs")
+    done = wait_for(lambda: len(found := stage.server.post("flow_runs/filter", wanted)) >= 3 and found, 1500, "three scheduled runs")
     stage.server.patch(f"deployments/{deployment}/schedules/{made['id']}", {"active": False})
+    stage.server.patch(f"deployments/{deployment}", {"concurrency_limit": None})
     newest = max(done, key=lambda run: run["start_time"])
     found = stage.artifacts(newest["id"])
     assert browser.artifact(found["history-small"]["id"], "over its runs") == []
@@ -126,7 +131,8 @@ def test_a_training_is_seen_while_it_runs_and_cancelled_by_clicks(stage: Stage, 
     stage.end(run, "CANCELLED", 120)
     page.get_by_text("Cancelled", exact=True).first.wait_for()
     browser.picture("cancelled-run")
-    page.get_by_text("run it again to go on").first.wait_for()
+    mine = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC"}
+    wait_for(lambda: any("run it again to go on" in line["message"] for line in stage.server.post("logs/filter", mine)), 120, "its last line")
     again = stage.submit("train", instance="qlora")
     stage.end(again)
 
