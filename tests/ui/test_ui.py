@@ -132,7 +132,9 @@ def test_a_training_is_seen_while_it_runs_and_cancelled_by_clicks(stage: Stage, 
     page.get_by_text("Cancelled", exact=True).first.wait_for()
     browser.picture("cancelled-run")
     mine = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC"}
-    wait_for(lambda: any("run it again to go on" in line["message"] for line in stage.server.post("logs/filter", mine)), 120, "its last line")
+    wait_for(
+        lambda: any("run it again to go on" in line["message"] for line in stage.server.post("logs/filter", mine)), 120, "its last line"
+    )
     again = stage.submit("train", instance="qlora")
     stage.end(again)
 
