@@ -81,8 +81,8 @@ class ServedLM(ChunkedAnswers, CompletionsLM):
         from transformers import AutoConfig, AutoTokenizer
 
         directory = str(place.directory)
-        self.config = AutoConfig.from_pretrained(directory)
-        positions = resolve_max_length(self.config, AutoTokenizer.from_pretrained(directory))
+        self.config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        positions = resolve_max_length(self.config, AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
         super().__init__(directory, max_positions=positions, seed=seed, concurrent=concurrent)
         self.keep_answers(journal, on_progress)
         self.engine_version = engine_version
@@ -97,7 +97,7 @@ class ServedLM(ChunkedAnswers, CompletionsLM):
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(self.config)
+            empty = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         return model_facts(self.config.to_dict(), empty.num_parameters())
 
     def measurements(self) -> dict[str, Any]:

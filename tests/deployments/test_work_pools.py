@@ -140,6 +140,14 @@ def test_docker_gives_a_container_gpus_shared_memory_and_the_store():
     assert not host.get("Privileged")
     assert sent["image"] == "pesc:0.1.0-gpu"
     assert sent["environment"]["PESC_STORE"] == "/store"
+
+
+def test_a_container_reaches_a_server_of_its_own_node():
+    sent, host = host_config()
+    assert host["NetworkMode"] == "host"
+    assert sent["environment"]["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
+    sent, host = host_config(network_mode="bridge")
+    assert host["NetworkMode"] == "bridge"
     assert sent["environment"]["PREFECT_API_URL"] == "http://host.docker.internal:9/api"
 
 
