@@ -70,8 +70,8 @@ class RemoteError(StoreError):
     """The remote cannot be used as it is: no bucket, no permission, a damaged file, a URL that is none."""
 
 
-class TransientRemoteError(RemoteError):
-    """The remote did not answer, in several tries; it may in a minute.  Worth another try of the whole task."""
+class TransientRemoteError(RemoteError, TransientError):
+    """The remote did not answer, in several tries; it may in a minute."""
 
 
 class StageFailedError(PescError):
