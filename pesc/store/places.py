@@ -37,6 +37,7 @@ OnBytes = Callable[[int], None]
 TRIES = 5
 FIRST_WAIT_SECONDS = 0.5
 _PART = 16 << 20
+_BLOCK = 1 << 20  # much larger ones are slower: each is memory that the kernel has to clear
 
 
 class Stopped(Exception):
@@ -183,7 +184,7 @@ class DirectoryPlace(Place):
     def _upload(self, path: Path, name: str, on_bytes: OnBytes) -> None:
         with self._new_file(name) as (target, temporary), path.open("rb") as source:
             with temporary.open("wb") as sink:
-                while block := source.read(_PART):
+                while block := source.read(_BLOCK):
                     sink.write(block)
                     on_bytes(len(block))
                 sink.flush()

@@ -25,7 +25,8 @@ from pesc.store.places import Stopped
 from pesc.store.remote import Remote, file_name
 
 THREADS = 8
-PIECE = 16 << 20
+PIECE = 8 << 20
+BLOCK = 1 << 20
 SHOW_SECONDS = 0.5
 
 OnProgress = Callable[[int, int, str], None]
@@ -193,7 +194,7 @@ class _Download:
             try:
                 written = 0
                 while written < len(data):
-                    written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
+                    written += os.pwrite(descriptor, memoryview(data)[written : written + BLOCK], start + written)
             finally:
                 os.close(descriptor)
             meter.count(len(data))
