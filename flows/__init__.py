@@ -3,7 +3,7 @@
 What it is
     pipeline.py      `python -m flows.pipeline demo`; the flow `pipeline`, in one process or dispatched
     stages.py        one flow a stage: rerun it alone; upstream results are found through recipe and store
-    maintenance.py   gc and fsck
+    maintenance.py   gc, fsck and push
     chain.py         the loop that all of them share: resolve an action, call its task, hand its result on
     dispatch.py      each action as a flow run of its stage's deployment, on a worker of its own
     children.py      the flow runs that a run has started: how they failed, that nobody takes them up, how to end them

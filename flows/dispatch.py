@@ -189,12 +189,13 @@ class Dispatched:
 
     def _result(self, store: Store, job: Job, child: FlowRun) -> Manifest:
         end = time.monotonic() + VISIBLE_SECONDS
+        store.forget(job.key.stage, job.fingerprint)  # what the remote had before the child
         while (manifest := store.find(job.key.stage, job.fingerprint)) is None:
             _refuse_other_result(store, job, child)
             if time.monotonic() > end:
                 raise StoreError(
                     f"Flow run {child.name!r} has ended well, but its result is not in {store.root}: its worker has another store. Give all of "
-                    "them the same PESC_STORE."
+                    "them the same PESC_STORE, or one PESC_REMOTE."
                 )
             time.sleep(1.0)
         return manifest

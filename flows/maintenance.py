@@ -1,7 +1,10 @@
-"""Care of the store: find what nothing needs, check what is there.  Both report; they change something only when asked.
+"""Care of the store: find what nothing needs, check what is there, give the remote what it lacks.
+
+The first two report; they change something only when asked.
 
 prefect deployment run gc/cpu --param 'keep_recipes=["demo"]'
 prefect deployment run fsck/cpu --param repair=true
+prefect deployment run push/cpu --param 'what=["demo"]'
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from prefect import flow, get_run_logger
 
 from flows.chain import open_store
 from flows.hooks import HOOKS
+from pesc import mirror
 from pesc.errors import StoreError
 from pesc.plan import make_plan
 from pesc.recipe import load_recipe
-from pesc.store import maintenance
+from pesc.settings import remote_url
+from pesc.store import Store, maintenance
 from tasks.execution import library_records
 from tasks.reporting import publish_note
 
@@ -62,6 +67,27 @@ def fsck(repair: bool = False, store: str | None = None) -> maintenance.FsckRepo
             f"The store {place.root} is damaged in {len(report.problems)} places: {report.problems[0]} "
             "Run fsck with repair=true: it sets the damaged parts aside, and the next run builds them again."
         )
+    return report
+
+
+@flow(name="push", persist_result=False, **HOOKS)
+def push(what: list[str] | None = None, remote: str | None = None, dry_run: bool = False, store: str | None = None) -> mirror.MirrorReport:
+    """Give the remote what it lacks of the store: files first, manifests last. Interrupted runs go on where they were.
+
+    Args:
+        what: Recipes, RECIPE:ADDRESS, or the starts of fingerprints or digests. Default: everything that the store has.
+        remote: s3://bucket/path, gs://bucket/path or a directory. Default: PESC_REMOTE of the worker.
+        dry_run: Only say how many files and bytes would be sent.
+        store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
+    """
+    place = Store(open_store(store).root, remote=remote or remote_url())
+    with library_records():
+        report = mirror.push(place, mirror.chosen(place, what or ()), dry_run)
+        summary = report.summary("Would send" if dry_run else "Sent")
+        get_run_logger().info("%s", summary)
+        for sentence in report.differing:
+            get_run_logger().warning("%s", sentence)
+        publish_note("store-push", summary, [*report.differing, *report.actions])
     return report
 
 

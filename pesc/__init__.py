@@ -11,6 +11,7 @@ Map
     publish/      a model on the hub         serve/           a model behind an OpenAI-compatible server
     generate/     answers of a model         model_argument.py   the MODEL of a command     model_card.py   its README.md
     fit/          does a training fit, how long, at what price           devices.py   GPUs: memory, peak rates, prices
+    mirror.py     many actions to and from the remote
     cost.py       what results took: hours, dollars, measured energy     reproduce.py   a stored result built again and compared
     bench/        measurements of speed and memory, each beside its control
 

@@ -3,6 +3,7 @@
 pesc recipes                              the recipes that ship with the package
 pesc plan demo                            what would run, and why
 pesc run demo --refresh evaluate          run it (no server needed)
+pesc push demo                            to the remote of PESC_REMOTE; `pesc pull` brings it to another machine
 pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe's models
 pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
 pesc compare demo demo@20260101 --out DIR runs side by side, item by item: intervals, tests, verdicts
@@ -32,7 +33,7 @@ from typing import Annotated
 import typer
 
 from pesc.bench.commands import bench
-from pesc.errors import PescError, RecipeError, disk_sentence
+from pesc.errors import PescError, RecipeError, TransientRemoteError, disk_sentence
 from pesc.evaluate import commands as evaluate_commands
 from pesc.evaluate import suite_commands
 from pesc.fit import commands as fit_commands
@@ -45,8 +46,9 @@ from pesc.recipe import load_recipe, recipe_names
 from pesc.redaction import redact_error
 from pesc.routing import commands as routing_commands
 from pesc.serve import commands as serve_commands
-from pesc.settings import store_root
+from pesc.settings import store_root, use_remote
 from pesc.store import Store
+from pesc.store import commands as store_commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0] if __doc__ else ""
@@ -61,20 +63,35 @@ serve_commands.add_to(app)
 evaluate_commands.add_to(app)
 routing_commands.add_to(app)
 suite_commands.add_to(app)
+store_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, e.g. train.learning_rate=1e-4.", metavar="[KEY=VALUE]...")]
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of the store. Default: $PESC_STORE or ./store.")]
+RemoteOption = store_commands.RemoteOption
 Only = Annotated[list[str] | None, typer.Option("--only", help="Build these alone: STAGE, STAGE[ARM] or evaluate[ARM/BENCHMARK].")]
 From = Annotated[list[str] | None, typer.Option("--from", help="Build these and what depends on them.")]
 Until = Annotated[list[str] | None, typer.Option("--until", help="Build these and what they need.")]
 Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="Build these again even when the store has them.")]
 
 
-def _store(path: Path | None) -> Store:
+def _store(path: Path | None, remote: str | None = None) -> Store:
+    if remote:
+        use_remote(remote)
     return Store(path or store_root())
+
+
+def _answering(store: Store) -> Store:
+    """The store, without its remote when that does not answer: said at once, not after every action."""
+    try:
+        if store.remote:
+            store.remote.check(tries=1)
+    except TransientRemoteError as error:
+        print(f"pesc: {error} What follows is of {store.root} alone.", file=sys.stderr)
+        return store.alone()
+    return store
 
 
 def _selection(only: list[str] | None, start: list[str] | None, until: list[str] | None, refresh: list[str] | None) -> Selection:
@@ -121,10 +138,12 @@ def plan(
     until: Until = None,
     refresh: Refresh = None,
     store: StoreOption = None,
+    remote: RemoteOption = None,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 10 when something would run.")] = False,
 ) -> None:
     """Say what would run, and why.  Builds nothing."""
-    made = make_plan(load_recipe(recipe, overrides or ()), _store(store), _selection(only, start, until, refresh))
+    place = _answering(_store(store, remote))
+    made = make_plan(load_recipe(recipe, overrides or ()), place, _selection(only, start, until, refresh))
     _print_plan(made)
     if exit_code and made.counts["HIT"] < len(made.actions):
         raise typer.Exit(10)
@@ -149,12 +168,13 @@ def run(
     until: Until = None,
     refresh: Refresh = None,
     store: StoreOption = None,
+    remote: RemoteOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False,
 ) -> None:
     """Run a recipe in this process.  Needs no server; shares every result with the Prefect flows."""
     from pesc.console import ConsoleRun
 
-    loaded, place = load_recipe(recipe, overrides or ()), _store(store)
+    loaded, place = load_recipe(recipe, overrides or ()), _store(store, remote)
     with ConsoleRun(verbose=verbose) as console:
         console.run(loaded, place, _selection(only, start, until, refresh))
 
@@ -173,7 +193,8 @@ def explain(recipe: RecipeArgument, address: str, overrides: Overrides = None, s
     for name, upstream in action.node.inputs.items():
         print(f"input        {name} = {upstream} ({actions[upstream].status})")
     if action.manifest:
-        print(f"object       {place.object_path(action.manifest.output.digest)}")
+        here = place.object_path(action.manifest.output.digest)
+        print(f"object       {here}{f' (to be pulled from {place.remote.url})' if place.remote and not here.is_dir() else ''}")
         print(action.manifest.model_dump_json(indent=2, exclude={"output": {"files"}}))
     else:
         print(json.dumps(action.node.config.model_dump(mode="json"), indent=2))

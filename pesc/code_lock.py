@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pesc.pipeline import STAGES, Stage
 from pesc.store.digest import digest_json
-from pesc.store.store import write_atomic
+from pesc.store.disk import write_atomic
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 LOCK_PATH = Path(__file__).with_name("stages.lock")

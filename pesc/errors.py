@@ -66,6 +66,14 @@ class StoreBusyError(StoreError):
     """Another process holds the workspace of the same action."""
 
 
+class RemoteError(StoreError):
+    """The remote cannot be used as it is: no bucket, no permission, a damaged file, a URL that is none."""
+
+
+class TransientRemoteError(RemoteError, TransientError):
+    """The remote did not answer, in several tries; it may in a minute."""
+
+
 class StageFailedError(PescError):
     """A stage's program ended without a result.  The message ends with the tail of its log."""
 

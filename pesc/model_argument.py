@@ -73,7 +73,7 @@ def _object_path(action: PlannedAction, name: str, store: Store) -> Path:
         raise ModelError(
             f"{action.address} is not in the store {store.root} ({action.reason}): run `pesc run {name} --until '{action.address}'` first."
         )
-    return store.object_path(action.manifest.output.digest)
+    return store.open(action.manifest.ref)
 
 
 def _check_whole(directory: Path, argument: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a run would do, and why: HIT, RUN or BLOCKED for every action, without importing torch or building anything.
 
-HIT      the store has the result of exactly this intent
+HIT      the store, or its remote, has the result of exactly this intent
 RUN      it will be built; the reason says what changed since the last time this address was built
 BLOCKED  it would have to be built, but the selection does not allow it (or something it needs)
 
@@ -135,7 +135,8 @@ def _plan_node(node: Node, recipe: Recipe, store: Store, done: Mapping[str, Plan
     key = key_of(node, {name: a.manifest.output.digest for name, a in inputs.items() if a.manifest})
     manifest = store.find(node.stage.name, key.fingerprint)
     if manifest and not refresh:
-        return PlannedAction(node, "HIT", _age(manifest), key.fingerprint, manifest)
+        where = f", in {store.remote.url}" if store.remote and not store.has(manifest) else ""
+        return PlannedAction(node, "HIT", f"{_age(manifest)}{where}", key.fingerprint, manifest)
     last = _last_built(store, recipe, node)
     seconds = last.seconds if last else None
     reason = "refresh was asked for" if refresh and manifest else _why(store, key, last)

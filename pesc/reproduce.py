@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pesc.errors import StoreError
 from pesc.launch.pool import worker_pool
-from pesc.pipeline import stage_named
+from pesc.pipeline import STAGE_NAMES, stage_named
 from pesc.stage import Execution, Progress, StageContext
 from pesc.store import Manifest, Store
 from pesc.store.digest import digest_tree
@@ -58,12 +58,14 @@ def reproduce(store: Store, manifest: Manifest, on_progress: Callable[[Progress]
     from pesc.build import call_builder
 
     stage = stage_named(manifest.key.stage)
-    inputs = {name: digest for name, digest in manifest.key.inputs.items() if name != "local"}
-    if gone := [name for name, digest in inputs.items() if not store.object_path(digest).is_dir()]:
+    digests = {name: digest for name, digest in manifest.key.inputs.items() if name != "local"}
+    found = {name: _input_folder(store, manifest, name, digest) for name, digest in digests.items()}
+    if gone := [name for name, folder in found.items() if folder is None]:
         raise StoreError(
             f"{manifest.address} was made from {', '.join(gone)}, whose object is no longer in {store.root}; "
             f"`pesc run {manifest.recipe} --until '{gone[0]}'` builds it again."
         )
+    inputs = {name: folder for name, folder in found.items() if folder is not None}
     (store.root / "work").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="reproduce-", dir=store.root / "work") as folder:
         work = Path(folder)
@@ -72,14 +74,24 @@ def reproduce(store: Store, manifest: Manifest, on_progress: Callable[[Progress]
         with worker_pool(execution, manifest.address) as map_shards:
             ctx = StageContext(
                 address=manifest.address, config=stage.config_type.model_validate(manifest.key.config),
-                inputs={name: store.object_path(digest) for name, digest in inputs.items()}, out=work / "out", work=work,
-                execution=execution, on_progress=on_progress, map_shards=map_shards, digests=inputs,
+                inputs=inputs, out=work / "out", work=work,
+                execution=execution, on_progress=on_progress, map_shards=map_shards, digests=digests,
             )  # fmt: skip
             call_builder(stage, ctx)
         digest, entries = digest_tree(work / "out")
     before, after = ({f.path: f.sha256 for f in manifest.output.files}, {e.path: e.sha256 for e in entries})
     differing = tuple(sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path)))
     return Reproduction(manifest, digest, differing, tuple(_changes(manifest, stage.code_version)))
+
+
+def _input_folder(store: Store, manifest: Manifest, name: str, digest: str) -> Path | None:
+    """The object of an input: here, or pulled from the remote by the action that made it; None when it is gone."""
+    folder = store.object_path(digest)
+    if not folder.is_dir() and store.remote and (fingerprint := manifest.input_fingerprints.get(name)):
+        made = next((m for stage in STAGE_NAMES if (m := store.find(stage, fingerprint))), None)
+        if made and made.output.digest == digest:
+            return store.open(made.ref)
+    return folder if folder.is_dir() else None
 
 
 def _changes(manifest: Manifest, code_version: int) -> Iterator[str]:

@@ -130,7 +130,7 @@ class Holes:
             raise next(iter(self.errors.values()))
         shown = ""
         if report is not None:
-            page = store.object_path(report.ref.digest) / "report.html"
+            page = store.open(report.ref) / "report.html"
             shown = f"; the report {page} shows {'it as a hole' if count == 1 else 'them as holes'}"
             if not benchmarks:
                 shown = f"; the report {page} is made without {'it' if count == 1 else 'them'}"
@@ -191,7 +191,8 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
     """The actions of a run in order, each decided only when its inputs are there (so equal bytes upstream make a HIT here).
 
     What comes together may be built at the same time: benchmarks that follow one another. The caller runs each step's job and calls
-    `step.finish` (or `step.fail`) before it asks for the next. With `hits_as_jobs` HITs come with a job too, for callers that show them.
+    `step.finish` (or `step.fail`) before it asks for the next. A HIT that the store's remote lacks comes with a
+    job as well: it is shared. With `hits_as_jobs` HITs come with a job too, for callers that show them.
     Raises RecipeError or EvaluationError before anything is built: an action that is BLOCKED, figures that do not exist, a preflight's faults.
     """
     plan = make_plan(recipe, store, selection)
@@ -213,11 +214,15 @@ def resolve(recipe: Recipe, store: Store, selection: Selection, hits_as_jobs: bo
                 holes.add(node.address)
                 continue
             job = make_job(node, recipe, refs, refresh=node.address in refreshed)
+            if job.refresh:
+                store.forget(node.stage.name, job.fingerprint)
             manifest = None if job.refresh else store.find(node.stage.name, job.fingerprint)
             hit = manifest.ref if manifest else None
+            is_done = manifest is not None and not store.owes(manifest)
             reason = reasons[node.address] if hit else reason_to_run(recipe, store, node, job.key, job.refresh)
             reason = f"without {', '.join(missing)}; {reason}" if missing else reason
-            steps.append(Step(node, reason, None if hit and not hits_as_jobs else job, hit, refs, node.address in graph.may_fail))
+            reason = f"{reason}; to be pushed" if hit and not is_done else reason
+            steps.append(Step(node, reason, None if is_done and not hits_as_jobs else job, hit, refs, node.address in graph.may_fail))
         if steps:
             yield tuple(steps)
         for step in steps:

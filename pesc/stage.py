@@ -51,6 +51,9 @@ class Execution(BaseModel):
     peer_timeout: int = Field(
         default=3600, ge=1, description="Seconds that a rank waits for one that says nothing before it is given up; at least load_seconds."
     )
+    wait_seconds: float | None = Field(
+        default=None, ge=0, description="Seconds to wait for another process that builds the same result. Default: until it has ended."
+    )
     restarts: int = Field(
         default=0, ge=0, description="How often training goes on from its last checkpoint by itself when a process or a machine was lost."
     )

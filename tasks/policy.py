@@ -48,12 +48,16 @@ class StagePolicy(CachePolicy):
 
 
 def _stored(job: Job, store: Store) -> ArtifactRef | None:
-    """What the store has; a manifest that cannot be read counts as nothing, and the task says so when it runs."""
+    """What the store and its remote have.
+
+    Nothing, so that the task runs: a manifest that cannot be read or a remote that does not answer (the task says so), and a result that
+    has yet to be shared (the task does it).
+    """
     try:
         manifest = store.find(job.key.stage, job.fingerprint)
+        return manifest.ref if manifest and not store.owes(manifest) else None
     except PescError:
         return None
-    return manifest.ref if manifest else None
 
 
 def _names(path: Path, ref: ArtifactRef) -> bool:

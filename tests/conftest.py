@@ -32,6 +32,7 @@ _THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 @pytest.fixture(autouse=True)
 def _no_user_store(monkeypatch, tmp_path):
     monkeypatch.setenv("PESC_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("PESC_REMOTE", raising=False)
 
 
 @pytest.fixture

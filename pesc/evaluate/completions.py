@@ -86,7 +86,7 @@ class CompletionsLM(_Base):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of one chunk, whose settings are all the same.  Raises EvaluationError for settings that the server does not know."""
-        settings = normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS)
+        settings: dict[str, Any] = {**normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS)}
         _require_understood(requests[0].task_name, settings)
         positions = self.max_length + 1  # lm-eval keeps one for a token that is generated anyway
         self._room = positions - settings["max_gen_toks"]

@@ -114,10 +114,10 @@ def _runs(store: Store, recipe: str) -> Iterator[tuple[datetime, Mapping[str, st
 
 def _read(store: Store, fingerprint: str, digest: str) -> _Found | None:
     with contextlib.suppress(StoreError, EvaluationError, OSError):
-        if manifest := store.manifest("evaluate", fingerprint):
+        if manifest := store.find("evaluate", fingerprint) or store.manifest("evaluate", fingerprint):
             digest = digest or manifest.output.digest
-            if digest != manifest.output.digest or store.has_object(manifest):
-                return _Found(manifest, read_result(store.object_path(digest)), digest)
+            folder = store.open(manifest.ref) if digest == manifest.output.digest else store.object_path(digest)
+            return _Found(manifest, read_result(folder), digest)
     return None
 
 

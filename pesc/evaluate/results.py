@@ -92,7 +92,7 @@ class BenchmarkResult(_Record):
     settings: BenchmarkConfig
     lm_eval_version: str
     engine_version: str | None = Field(
-        None, exclude_if=lambda version: version is None, description="What answered, where it was not transformers: vllm 0.32.0."
+        default=None, exclude_if=lambda version: version is None, description="What answered, where it was not transformers: vllm 0.32.0."
     )
 
     @property

@@ -46,7 +46,7 @@ class Run:
     def add(self, store: Store, manifest: Manifest) -> None:
         """Take one `evaluate` result of the store."""
         arm, _, benchmark = parse_address(manifest.address)[1].partition("/")
-        self.folders[arm, benchmark] = store.object_path(manifest.output.digest)
+        self.folders[arm, benchmark] = store.open(manifest.ref)
         self.objects[arm, benchmark] = manifest.output.digest
 
 
@@ -120,7 +120,7 @@ def _from_recipe(argument: str, store: Store) -> Run:
 
 def _take(run: Run, store: Store, address: str, manifest: Manifest | None) -> None:
     """An evaluation under the address that the run knows it by, or a hole."""
-    if manifest is None or not store.has_object(manifest):
+    if manifest is None or store.find(manifest.key.stage, manifest.fingerprint) is None:
         run.missing.append(address)
     else:
         run.add(store, manifest.model_copy(update={"address": address}))
@@ -216,7 +216,7 @@ def runs_markdown(results: Mapping[str, Any]) -> str:
 
 def write_comparison(results: Mapping[str, Any], out: Path) -> list[Path]:
     """Write compare.md and results.json into `out`; returns their paths.  Raises EvaluationError when that is not possible."""
-    from pesc.store.store import write_atomic
+    from pesc.store.disk import write_atomic
 
     texts = {"results.json": json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "compare.md": runs_markdown(results)}
     try:

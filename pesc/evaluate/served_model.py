@@ -46,9 +46,20 @@ _SMALLEST = 512
 class Server(Protocol):
     """What answers."""
 
-    url: str
-    name: str
-    max_model_len: int
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the model is called in requests."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest text that it takes, in tokens."""
+        ...
 
     def failure(self, seconds: float) -> str | None:
         """How it ended, if it does within so many seconds."""

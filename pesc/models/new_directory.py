@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pesc.errors import CancelledError, ModelError, StoreError, disk_sentence
-from pesc.store.store import sync_path
+from pesc.store.disk import sync_path
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ def _own_blocks(place: ModelPlace, root: Path) -> Path:
             f"tokenize of recipe {place.recipe.name!r} is not in the store {root} ({action.reason}): run `pesc run {place.recipe.name} --until "
             "tokenize`, or give texts with --texts."
         )
-    return store.object_path(action.manifest.output.digest)
+    return store.open(action.manifest.ref)
 
 
 def _read_rows(places: list[ModelPlace], source: _Source) -> list[Row]:

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from pesc.errors import StoreBusyError, StoreError
 from pesc.store.digest import digest_tree
+from pesc.store.layout import MANIFEST_NAME, PREFECT_NAME
+from pesc.store.local import LocalStore
 from pesc.store.manifest import Manifest
-from pesc.store.store import Store
 from pesc.store.workspace import is_locked, locked_workspace
 
 
@@ -35,16 +36,18 @@ class FsckReport:
         return not self.problems
 
 
-def fsck(store: Store, repair: bool = False) -> FsckReport:
+def fsck(store: LocalStore, repair: bool = False) -> FsckReport:
     """Recompute the digest of every object, check that every action has its object.
 
     With `repair`, damaged objects and the actions that need them are moved to `damaged/`, which turns them into misses.
     """
+    store.check()
     report = FsckReport()
     broken = _check_objects(store, report, repair)
     for path in sorted(store.root.glob("actions/*/*")):
-        if not (path / "manifest.json").exists():  # stopped before the commit
-            report.leftovers.append(path)
+        if not (path / MANIFEST_NAME).exists():  # stopped before the commit, or Prefect's record of a result that only the remote has
+            if [p.name for p in path.iterdir()] != [PREFECT_NAME]:
+                report.leftovers.append(path)
             continue
         report.num_actions += 1
         problem = _action_problem(store, path, broken)
@@ -58,7 +61,7 @@ def fsck(store: Store, repair: bool = False) -> FsckReport:
     return report
 
 
-def _check_objects(store: Store, report: FsckReport, repair: bool) -> set[str]:
+def _check_objects(store: LocalStore, report: FsckReport, repair: bool) -> set[str]:
     broken: set[str] = set()
     for path in sorted(store.root.glob("objects/*")):
         report.num_objects += 1
@@ -77,7 +80,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _action_problem(store: Store, path: Path, broken: set[str]) -> str | None:
+def _action_problem(store: LocalStore, path: Path, broken: set[str]) -> str | None:
     try:
         manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
     except (ValidationError, OSError):
@@ -89,7 +92,7 @@ def _action_problem(store: Store, path: Path, broken: set[str]) -> str | None:
     return None
 
 
-def _set_aside(store: Store, path: Path, report: FsckReport) -> None:
+def _set_aside(store: LocalStore, path: Path, report: FsckReport) -> None:
     target = store.root / "damaged" / f"{time.time_ns()}-{path.name}"
     target.parent.mkdir(parents=True, exist_ok=True)
     path.rename(target)
@@ -107,7 +110,7 @@ class GcReport:
     kept_actions: int = 0
 
 
-def gc(store: Store, keep: Iterable[tuple[str, str]], keep_days: float, delete: bool = False) -> GcReport:
+def gc(store: LocalStore, keep: Iterable[tuple[str, str]], keep_days: float, delete: bool = False) -> GcReport:
     """Find what nothing needs: actions that are not in `keep` (stage, fingerprint) and were neither made nor used for `keep_days`.
 
     Objects go when no kept action names them; workspaces go when they are idle for as long and nobody holds them. Whatever a
@@ -139,7 +142,7 @@ def gc(store: Store, keep: Iterable[tuple[str, str]], keep_days: float, delete: 
     return report
 
 
-def _folders(store: Store, kind: str) -> list[Path]:
+def _folders(store: LocalStore, kind: str) -> list[Path]:
     return sorted(p for p in store.root.glob(f"{kind}/*/*") if p.is_dir())
 
 
@@ -148,7 +151,7 @@ def _last_change(path: Path) -> float:
     return max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
 
 
-def _recent_actions(store: Store, cutoff: float) -> set[tuple[str, str]]:
+def _recent_actions(store: LocalStore, cutoff: float) -> set[tuple[str, str]]:
     recent = {(p.parent.parent.name, p.parent.name) for p in store.root.glob("actions/*/*/manifest.json") if p.stat().st_mtime > cutoff}
     for path in store.root.glob("runs/*/*.json"):
         if path.stat().st_mtime > cutoff:

@@ -10,7 +10,7 @@ from pesc.redaction import redact_tree
 from pesc.store.digest import digest_json
 
 FORMAT = 1
-"""Version of the fingerprint's and the manifest's layout."""
+"""Version of the fingerprint's layout; that of the store's is in `pesc.store.layout`."""
 RUN_OBJECTS = "objects"
 """Folder beside a recipe's run records: what each run's actions gave, by digest, which a refresh may have replaced since."""
 
@@ -101,6 +101,8 @@ class Manifest(BaseModel):
     energy: dict[str, Any] | None = Field(default=None, description="joules of the GPUs by their own counters; None: not measured.")
     made_by: Literal["build", "adopt"] = "build"
     reason: str = Field(default="", description="Why an earlier result was adopted.")
+    refreshed: bool = Field(default=False, description="Built although there was a result: it replaces that one in a remote too.")
+    records: list[OutputFile] = Field(default_factory=list, description="What the build told of itself, beside the manifest: log, events.")
     prefect_run: str | None = None
 
     @field_serializer("metrics", "provenance", "environment", "execution", "reason")

@@ -1,165 +1,127 @@
-"""The store itself: look an action up, publish an object, commit a manifest."""
+"""The store as everybody uses it: this machine's, and the remote behind it when there is one.
+
+store = Store(store_root())                      # with the remote of PESC_REMOTE
+store = Store(path, remote="s3://bucket/pesc")   # with this one; remote=None: alone
+
+Without a remote it is the local store and asks no network for anything. With one, `find` sees what other machines have made, `open` pulls
+what is read, and `share` gives what was made here.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from pesc.errors import StoreError
-from pesc.store.digest import FileEntry, digest_tree, list_files
+from pesc.settings import remote_url
+from pesc.store.local import LocalStore
 from pesc.store.manifest import ArtifactRef, Manifest
-from pesc.store.workspace import Workspace, locked_workspace
+from pesc.store.patience import Patience
+
+if TYPE_CHECKING:
+    from pesc.store.remote import Remote
+    from pesc.store.transfer import OnProgress
+
+_OF_THE_ENVIRONMENT = "environment"
 
 
-class Store:
-    """A store at one directory.  Cheap to make; directories appear when something is written."""
+class Store(LocalStore):
+    """A store at one directory, with the remote at a URL.  Cheap to make; nothing is written or asked before it is needed."""
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).absolute()
+    def __init__(self, root: Path | str, remote: str | None = _OF_THE_ENVIRONMENT) -> None:
+        super().__init__(root)
+        self._url = remote_url() if remote == _OF_THE_ENVIRONMENT else remote
 
-    def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
-
-    # -- places ------------------------------------------------------------------------------------------------------------
-
-    def object_path(self, digest: str) -> Path:
-        """Directory of an object, whether or not it exists."""
-        return self.root / "objects" / digest
-
-    def action_path(self, stage: str, fingerprint: str) -> Path:
-        """Directory of an action, whether or not it exists."""
-        return self.root / "actions" / stage / fingerprint
-
-    def workspace_path(self, stage: str, fingerprint: str) -> Path:
-        """Directory of an action's workspace, whether or not it exists."""
-        return self.root / "work" / stage / fingerprint
-
-    # -- reading -----------------------------------------------------------------------------------------------------------
-
-    def manifest(self, stage: str, fingerprint: str) -> Manifest | None:
-        """The manifest of an action, or None.  Raises StoreError when it is there but cannot be read."""
-        path = self.action_path(stage, fingerprint) / "manifest.json"
-        try:
-            return Manifest.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+    @property
+    def remote(self) -> Remote | None:
+        """The remote, or None.  Raises RemoteError for a URL that cannot be one."""
+        if self._url is None:
             return None
-        except ValidationError as error:
-            raise StoreError(
-                f"The manifest {path} is damaged ({error.error_count()} fields). `pesc fsck --repair` sets it aside."
-            ) from None
+        from pesc.store.remote import open_remote
+
+        return open_remote(self._url)
+
+    def alone(self) -> Store:
+        """This store without its remote."""
+        return Store(self.root, remote=None)
 
     def find(self, stage: str, fingerprint: str) -> Manifest | None:
-        """The manifest of an action whose object is there with every file in its recorded size, else None."""
-        manifest = self.manifest(stage, fingerprint)
-        return manifest if manifest and self.has_object(manifest) else None
+        """The manifest of an action whose object is whole here, or that the remote has; else None.  Pulls nothing."""
+        here, remote = super().find(stage, fingerprint), self.remote
+        if remote is None:
+            return here
+        if here and not self._is_replaced(here, remote):
+            return here
+        return remote.manifest(stage, fingerprint) or here
 
-    def has_object(self, manifest: Manifest) -> bool:
-        """Whether all files of the action's object are there with the recorded sizes (digests are checked by fsck)."""
-        root = self.object_path(manifest.output.digest)
-        try:
-            return root.is_dir() and all((root / f.path).stat().st_size == f.size for f in manifest.output.files)
-        except OSError:
+    def _is_replaced(self, manifest: Manifest, remote: Remote) -> bool:
+        """Whether another machine has put a refreshed result in the place of this one, which came from the remote or went there."""
+        from pesc.store.sharing import is_marked
+
+        replacement = remote.replacement(manifest.key.stage, manifest.fingerprint) if is_marked(self, manifest, remote) else None
+        return replacement is not None and replacement != manifest.output.digest
+
+    def forget(self, stage: str, fingerprint: str) -> None:
+        """Ask the remote again about an action that is about to be refreshed, perhaps by another machine."""
+        if self.remote:
+            self.remote.forget(stage, fingerprint)
+
+    def open(self, ref: ArtifactRef, on_progress: OnProgress | None = None) -> Path:
+        """Directory of a reference's object, pulled when it is not here.  Raises StoreError when it is not whole anywhere, RemoteError."""
+        here = LocalStore.find(self, ref.stage, ref.fingerprint)
+        remote = self.remote
+        if remote and (here is None or here.output.digest != ref.digest):
+            from pesc.store.sharing import pull
+            from pesc.store.transfer import silent
+
+            there = remote.manifest(ref.stage, ref.fingerprint)
+            if there and there.output.digest == ref.digest:
+                pull(self, remote, there, on_progress or silent)
+                return self.object_path(ref.digest)
+            if here is None:
+                raise StoreError(
+                    f"The object {ref.digest[:12]} of {ref.stage} {ref.fingerprint[:12]} is neither whole in {self.root} nor in {remote.url}. "
+                    "Run the recipe again: it builds what is missing."
+                )
+        return super().open(ref)
+
+    def has(self, manifest: Manifest) -> bool:
+        """Whether this very result is whole in the store of this machine."""
+        here = LocalStore.find(self, manifest.key.stage, manifest.fingerprint)
+        return here is not None and here.output.digest == manifest.output.digest
+
+    def owes(self, manifest: Manifest) -> bool:
+        """Whether an action of this store has yet to be shared, as far as is known here."""
+        remote = self.remote
+        if remote is None or LocalStore.find(self, manifest.key.stage, manifest.fingerprint) is None:
             return False
+        from pesc.store.sharing import is_marked
 
-    def open(self, ref: ArtifactRef) -> Path:
-        """Directory of a reference's object.  Raises StoreError when it is not whole."""
-        if self.find(ref.stage, ref.fingerprint) is None:
-            raise StoreError(
-                f"The object {ref.digest[:12]} of {ref.stage} {ref.fingerprint[:12]} is not whole in {self.root}. `pesc fsck` says what is missing."
-            )
-        return self.object_path(ref.digest)
+        return not is_marked(self, manifest, remote)
 
-    def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
-        """Every readable manifest, newest first."""
-        pattern = f"actions/{stage or '*'}/*/manifest.json"
-        paths = sorted(self.root.glob(pattern), key=lambda p: p.stat().st_mtime_ns, reverse=True)
-        for path in paths:
-            with contextlib.suppress(ValidationError, FileNotFoundError):
-                yield Manifest.model_validate_json(path.read_bytes())
+    def share(self, manifest: Manifest, is_trusted: bool = False, on_progress: OnProgress | None = None) -> Manifest:
+        """See to it that the remote, if there is one, has an action of this store; the manifest that stands.
 
-    # -- writing -----------------------------------------------------------------------------------------------------------
+        `is_trusted`: it has just been made here. Raises RemoteError; the result is kept here then, and the next run shares it.
+        """
+        remote = self.remote
+        if remote is None or not self.owes(manifest):
+            return manifest
+        from pesc.store.sharing import share
+        from pesc.store.transfer import silent
+
+        return share(self, remote, manifest, is_trusted, on_progress or silent).standing
 
     @contextlib.contextmanager
-    def workspace(self, stage: str, fingerprint: str, label: str) -> Iterator[Workspace]:
-        """Lock the workspace of an action.  Raises StoreBusyError when another process has it."""
-        with locked_workspace(self.workspace_path(stage, fingerprint), label) as workspace:
-            yield workspace
+    def lease(self, stage: str, fingerprint: str, label: str, patience: Patience, until_found: bool) -> Iterator[None]:
+        """Hold an action against other machines; without a remote there are none.  See `pesc.store.lease`."""
+        remote = self.remote
+        if remote is None:
+            yield
+            return
+        from pesc.store.lease import Claim, hold_lease
 
-    def publish(self, tree: Path) -> tuple[str, list[FileEntry]]:
-        """Move a finished directory into the store; returns its digest and listing.  `tree` is gone afterwards.
-
-        Files are made read-only and synced first. If an equal object is there already, it stays and `tree` is dropped.
-        """
-        digest, entries = digest_tree(tree)
-        target = self.object_path(digest)
-        if not target.is_dir():
-            for path in list_files(tree):
-                path.chmod(0o444)
-                sync_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                tree.rename(target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            sync_path(target.parent)
-        elif digest_tree(target)[0] != digest:  # a damaged object must not be taken for the new one
-            self._replace(tree, target)
-        else:
-            os.utime(target)  # wanted again: `gc` must not take it for an old one before the manifest is there
-        shutil.rmtree(tree, ignore_errors=True)
-        return digest, entries
-
-    def _replace(self, tree: Path, target: Path) -> None:
-        aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=self._ensure("work")))
-        target.rename(aside / target.name)
-        tree.rename(target)
-
-    def commit(self, manifest: Manifest) -> None:
-        """Write the manifest: from here on the action exists.  Replaces an earlier one and drops Prefect's record of it."""
-        directory = self.action_path(manifest.key.stage, manifest.fingerprint)
-        write_atomic(directory / "manifest.json", manifest.model_dump_json(indent=1).encode())
-        (directory / "prefect.json").unlink(missing_ok=True)
-
-    def record_run(self, recipe: str, run: str, actions: dict[str, str]) -> None:
-        """Remember which actions a run used (address -> fingerprint)."""
-        write_atomic(self.root / "runs" / recipe / f"{run}.json", json.dumps(actions, indent=1).encode())
-
-    def _ensure(self, name: str) -> Path:
-        path = self.root / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old bytes or the new ones, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_path(path.parent)
-
-
-def sync_path(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with hold_lease(remote, Claim(stage, fingerprint, label), patience, until_found):
+            yield

@@ -1,7 +1,8 @@
 """A workspace: where one action is built, by one process at a time.
 
 The lock is `flock` on `.lock`: the kernel frees it when the holder dies. The directory stays after a failure, so that the next
-attempt resumes from what is there; it is removed when the action is committed.
+attempt resumes from what is there; it is removed when the action is committed. Whoever finds it locked waits, with a `Patience`, and
+is told who holds it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pesc.errors import StoreBusyError
+from pesc.store.patience import Patience
 
 LOCK_NAME = ".lock"
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def locked_workspace(root: Path, label: str) -> Iterator[Workspace]:
-    """Hold the workspace at `root`.  Raises StoreBusyError, naming the holder, when another process has it."""
-    descriptor = _acquire(root, label)
+def locked_workspace(root: Path, label: str, patience: Patience | None = None) -> Iterator[Workspace]:
+    """Hold the workspace at `root`.  Raises StoreBusyError, naming the holder, when another process has it (for longer than `patience`)."""
+    descriptor = _acquire(root, label, patience)
     try:
         yield Workspace(root)
     finally:
@@ -78,7 +81,7 @@ def is_locked(root: Path) -> bool:
     return False
 
 
-def _acquire(root: Path, label: str) -> int:
+def _acquire(root: Path, label: str, patience: Patience | None) -> int:
     path = root / LOCK_NAME
     while True:
         root.mkdir(parents=True, exist_ok=True)
@@ -93,9 +96,12 @@ def _acquire(root: Path, label: str) -> int:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise StoreBusyError(
-                f"{label} is being built by {holder} in {root}. Wait for it to finish, or stop that process and run again: its checkpoints are kept."
-            ) from None
+            if patience is None:
+                raise StoreBusyError(
+                    f"{label} is being built by {holder} in {root}. Wait for it to finish, or stop that process and run again: its checkpoints are kept."
+                ) from None
+            patience.wait(label, holder, POLL_SECONDS)
+            continue
         if _same_file(descriptor, path):
             _sign(descriptor)
             return descriptor

@@ -48,7 +48,7 @@ def publish_lineage(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) 
 
 
 def _manifest(store: Store, outcome: Outcome) -> Manifest | None:
-    return store.manifest(outcome.ref.stage, outcome.ref.fingerprint)
+    return store.find(outcome.ref.stage, outcome.ref.fingerprint)
 
 
 def lineage_markdown(recipe: str, manifests: Mapping[str, Manifest]) -> str:

@@ -24,7 +24,7 @@ def publish_result(store: Store, outcome: Outcome) -> None:
 
 
 def _manifest_of(store: Store, outcome: Outcome) -> Manifest:
-    manifest = store.manifest(outcome.ref.stage, outcome.ref.fingerprint)
+    manifest = store.find(outcome.ref.stage, outcome.ref.fingerprint)
     if manifest is None:
         raise FileNotFoundError(f"{outcome.address} has no manifest")
     return manifest

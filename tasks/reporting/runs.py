@@ -32,7 +32,7 @@ def publish_cost(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -> 
     """Time, GPU-hours, dollars and measured energy of every result that the run has used, whenever it was made."""
     from pesc.cost import HEAD, NOTE, cost_of, cost_rows
 
-    manifests = [store.manifest(outcome.ref.stage, outcome.ref.fingerprint) for outcome in outcomes.values()]
+    manifests = [store.find(outcome.ref.stage, outcome.ref.fingerprint) for outcome in outcomes.values()]
     rows = cost_rows(cost_of(manifest) for manifest in manifests if manifest)
     table = markdown_table(list(HEAD), rows, numbers=range(1, len(HEAD)))
     write_markdown(artifact_key("cost", recipe), f"# Cost of {recipe}\n\n{table}\n\n{NOTE}\n", f"Cost of {recipe}")

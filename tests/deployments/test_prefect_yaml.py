@@ -25,7 +25,7 @@ def flow_of(deployment):
 def test_every_stage_the_pipeline_and_the_care_of_the_store_are_deployed():
     stages = {f"{stage}/cpu" for stage in STAGE_NAMES} | {deployment_name(stage) for stage in STAGE_NAMES}
     pipelines = {f"pipeline/{name}" for name in ("cpu", "gpu", "dispatched", "nightly", "weekly")}
-    assert set(DEPLOYMENTS) == stages | pipelines | {"gc/cpu", "fsck/cpu"}
+    assert set(DEPLOYMENTS) == stages | pipelines | {"gc/cpu", "fsck/cpu", "push/cpu"}
     assert all(deployment["description"] and deployment["tags"][0] == "pesc" for deployment in DEPLOYMENTS.values())
 
 

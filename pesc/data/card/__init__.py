@@ -51,7 +51,7 @@ def write_card(inputs: CardInputs, out: Path) -> tuple[Path, Path]:
     Raises DataError as `render_card` does, and for a directory that cannot be written.
     """
     from pesc.errors import DataError
-    from pesc.store.store import write_atomic
+    from pesc.store.disk import write_atomic
 
     card = render_card(inputs)
     page, text = out / "card.html", out / "card.md"
