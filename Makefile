@@ -12,6 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STORE  ?= store
 VLLM   ?= .venv-vllm
+SIDE   := -n logical --maxprocesses 4 --dist loadfile  # test files side by side, one thread each
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
@@ -31,7 +32,7 @@ demo: install
 	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m flows.pipeline demo
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not benchmark and not vllm'
+	$(BIN)/python -m pytest $(SIDE) -m 'not slow and not gpu and not benchmark and not vllm'
 
 test-all: install
 	$(BIN)/python -m pytest -m 'not gpu and not benchmark and not vllm'

@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores; set before torch is loaded, and for children
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `make test &`; every child would be deaf to the Ctrl-C that tests send
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,9 @@ from tasks.execution import run_jobs_at_once
 from tasks.retries import DELAYS_SECONDS, TRIED_AGAIN, retry_on, waiting_by
 from tasks.table import TASKS
 
-AGAIN = {"TransientError", "TransientSourceError", "TransientEvaluationError", "PreemptedError", "PeerLostError", "WorkerLostError"}
+AGAIN = {
+    "TransientError", "TransientSourceError", "TransientRemoteError", "TransientEvaluationError", "PreemptedError", "PeerLostError", "WorkerLostError",
+}  # fmt: skip
 CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PescError)]
 
 
