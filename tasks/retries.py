@@ -38,18 +38,26 @@ def retry_options(*kinds: type[PescError], delays_seconds: tuple[float, ...] = D
 
 
 def retry_on(*kinds: type[PescError]) -> Callable[[Any, TaskRun, State], bool]:
-    """A retry condition: the task failed with one of these errors.  Prefect asks it only while tries are left."""
+    """A retry condition: the task failed with one of these errors.  Prefect asks it only while tries are left.
+
+    A function, for Prefect 3.8 takes any other callable for "never"; and one that says little itself, for a task goes to a cluster's workers
+    with it by value, where a context variable cannot follow.
+    """
 
     def condition(_task: Any, task_run: TaskRun, state: State) -> bool:
-        error = state.result(raise_on_failure=False)
-        if not isinstance(error, kinds):
-            return False
-        get_run_logger().warning("%s: %s It will be tried again.", task_run.name, error)
-        wait = _WAIT.get()
-        delay = DELAYS_SECONDS[min(max(task_run.run_count, 1), len(DELAYS_SECONDS)) - 1]
-        return wait is None or wait(delay * random.uniform(1 - JITTER, 1 + JITTER))
+        return _is_tried_again(kinds, task_run, state)
 
     return condition
+
+
+def _is_tried_again(kinds: tuple[type[PescError], ...], task_run: TaskRun, state: State) -> bool:
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, kinds):
+        return False
+    get_run_logger().warning("%s: %s It will be tried again.", task_run.name, error)
+    wait = _WAIT.get()
+    delay = DELAYS_SECONDS[min(max(task_run.run_count, 1), len(DELAYS_SECONDS)) - 1]
+    return wait is None or wait(delay * random.uniform(1 - JITTER, 1 + JITTER))
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def pytest_runtest_setup(item):
         torch.set_num_threads(_THREADS if large else 1)
 
 
-_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else _CORES  # as many as OMP_NUM_THREADS gives to children
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,11 @@ Never: executes code or pickles of a checkpoint (weights_only), puts `num_expert
 Pitfall: importing this package registers nothing, because `pesc.models.config` must import without torch.  Call `register()`.
 """
 
+import logging
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+"""On CPUs with AVX-512-bf16 it warns, once a process, that it did not get a faster kernel from the hub."""
+
 
 def register() -> None:
     """Make `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` know every sparse architecture.  Idempotent.

@@ -157,7 +157,7 @@ def test_the_server_refuses_a_setting_that_does_not_exist(live):
 
 def test_deploying_again_updates_the_schedule(live):
     live.prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-    (schedule,) = live.get("deployments/name/pipeline/gpu")["schedules"]
+    (schedule,) = live.get("deployments/name/pipeline/weekly")["schedules"]
     assert schedule["slug"] == "weekly"
     assert schedule["active"] is False
 

@@ -19,7 +19,7 @@ from tests.deployments.test_worker import OURS, alive, saved, start_run
 from tests.fake_stages import tiny_recipe_dict
 
 __all__ = ["prefect", "slurm"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 STEP = [sys.executable, "-m", "deployments.slurm_step", "--"]
 
 
