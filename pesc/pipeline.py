@@ -66,7 +66,7 @@ STAGES: tuple[Stage, ...] = (
         SourceConfig,
         1,
         "pesc.data.download:build",
-        ("pesc.data.download", "pesc.data.sources", "pesc.data.hub", "pesc.data.url", "pesc.data.gguf"),
+        ("pesc.data.download", "pesc.data.sources", "pesc.data.hub", "pesc.data.url", "pesc.data.gguf", "pesc.data.layers"),
         summary="fetch and pin sources",
     ),
     Stage(

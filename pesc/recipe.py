@@ -150,8 +150,13 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(Path(item.name).stem for item in resources.files("pesc.recipes").iterdir() if item.name.endswith(".yaml"))
+    """Names of the recipes that ship with the package; FOLDER/NAME of those in a folder."""
+    root = _shipped()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("pesc.recipes").joinpath("")))
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -225,13 +230,14 @@ def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
 
 
 def _find(name_or_path: str) -> Any:
+    known = {spelling: name for name in recipe_names() for spelling in (name, name.replace("/", "-"))}  # FOLDER-NAME: as the recipe itself says
+    if name_or_path in known:
+        return _shipped() / f"{known[name_or_path]}.yaml"
     if _is_path(name_or_path):
         path = Path(name_or_path)
         if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
             raise RecipeError(f"There is no recipe file {name_or_path}. `pesc recipes` lists the ones that ship with the package.")
         return path
-    if name_or_path in recipe_names():
-        return Path(str(resources.files("pesc.recipes") / f"{name_or_path}.yaml"))
     close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise RecipeError(f"There is no recipe {name_or_path!r}.{hint} Known: {', '.join(recipe_names())}; or give the path of a YAML file.")
