@@ -1,11 +1,12 @@
 """One pass of a model over rows: the cross-entropy of each row's supervised tokens.
 
-S tokens of a row, V vocabulary, N supervised tokens.
+S tokens of a row, N of them supervised, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,10 +39,13 @@ def measure(model: Any, rows: Sequence[Row], name: str, progress: Callable[..., 
 
 def _row_loss(model: Any, row: Row, name: str) -> float:
     ids_S = torch.from_numpy(np.ascontiguousarray(row.ids_S)).to(model.device)
+    places_N = torch.from_numpy(np.flatnonzero(row.counts_S[1:])).to(model.device)
     with torch.inference_mode():
-        logits_SV = model(input_ids=ids_S[None], use_cache=False).logits[0]
-        places_N = torch.from_numpy(np.flatnonzero(row.counts_S[1:])).to(model.device)
-        loss = torch.nn.functional.cross_entropy(logits_SV[places_N].float(), ids_S[places_N + 1], reduction="sum").item()
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:  # the head is most of a small model's work
+            logits_NV = model(input_ids=ids_S[None], use_cache=False, logits_to_keep=places_N).logits[0]
+        else:
+            logits_NV = model(input_ids=ids_S[None], use_cache=False).logits[0, places_N]
+        loss = torch.nn.functional.cross_entropy(logits_NV.float(), ids_S[places_N + 1], reduction="sum").item()
     if not math.isfinite(loss):
         raise ModelError(f"{name}: the loss of a held-out row is not finite: the training diverged. Lower train.learning_rate of this arm.")
     return loss
