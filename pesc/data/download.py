@@ -71,7 +71,7 @@ def build(ctx: StageContext) -> BuildResult:
         facts |= {"gguf_file": config.gguf_file, **_convert_gguf(config, target, ctx)}
         shutil.rmtree(target)
     if config.layers:
-        facts |= {"layers": config.layers, "layers_of": keep_layers(ctx.out, config.layers, f"Source {config.uri!r}")}
+        facts |= {"layers": list(config.layers), "layers_of": keep_layers(ctx.out, config.layers, f"Source {config.uri!r}")}
     _make_readable(ctx.out)
     files = list(list_local(ctx.out))
     size = sum(path.stat().st_size for path in files)
