@@ -36,7 +36,12 @@ def build(ctx: StageContext) -> BuildResult:
     if stage == "train":
         record = {"config": {"method": ctx.config.method}, "trainable": [{"group": "lora", "tensors": 2, "parameters": 640}], "facts": {}}
         (ctx.out / "training.json").write_text(json.dumps(record | {"seed": ctx.config.seed}))
-        measured = {"tokens_per_second": 100.0 + seed_of(arm), "peak_memory_bytes": 2_000_000_000, "device": "cpu, 1 threads a rank", "world_size": 2}
+        measured = {
+            "tokens_per_second": 100.0 + seed_of(arm),
+            "peak_memory_bytes": 2_000_000_000,
+            "device": "cpu, 1 threads a rank",
+            "world_size": 2,
+        }
         return BuildResult(metrics=measured)
     if stage == "heldout":
         if arm in LOST:
