@@ -1,6 +1,7 @@
 # Every target starts from Python >= 3.11 and PyPI alone.
 #
 #   make demo    a dense model becomes a benchmarked sparse one, through Prefect   (about 15 minutes on 2 cores)
+#   make study   PESC against dense QLoRA on a slice of SmolLM2-135M, 8 arms of 3 seeds; study/study.md
 #   make test    the tests that need no GPU, no hub, and less than 12 minutes
 #   make test-all  the slow ones and the long ones as well: an hour and a half
 #   make test-vllm  `pesc serve` and engine vllm with the real vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
@@ -16,7 +17,7 @@ SIDE   := -n logical --maxprocesses 4 --dist loadfile  # test files side by side
 
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 
-.PHONY: install demo test test-all test-vllm vllm benchmark check clean
+.PHONY: install demo study test test-all test-vllm vllm benchmark check clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m flows.pipeline demo
+
+study: install
+	PESC_STORE=$(abspath $(STORE)) $(BIN)/python -m pesc.cli study study/smollm2-6-layers --out study
 
 test: install
 	$(BIN)/python -m pytest $(SIDE) -m 'not slow and not gpu and not benchmark and not vllm'

@@ -24,7 +24,7 @@ Key contracts
   What is on or off (schedules, automations, pools and queues that are paused) is decided when it is made and belongs to the user after.
   Things of other names are left alone.
 - A fleet is changed by a file of its own over fleet.yaml (`--fleet`), never in the code.
-- The pool says what a stage wants: `gpu` for train, merge, evaluate and routing, `cpu` for the rest, and for all of them with small models.
+- The pool says what a stage wants: `gpu` for train, merge, evaluate, routing and heldout, `cpu` for the rest, and for all of them with small models.
 - A parent that dispatches runs in the queue `orchestrate` of the pool `cpu`: it waits, so it needs a worker that nothing else can fill.
 - PESC_HOME (the checkout on the workers) and PESC_STORE (the store, the same path for all workers of a pool) are read when deploying and
   stored in the deployments; a worker then needs neither variable. In our image they are /opt/pesc and /store.

@@ -8,6 +8,7 @@ Map
     data/         download, dedup, mix, tokenize                         moe/, models/   the sparse layer, upcycle, merge
     train/        the rank program           launch/     processes that never outlive their parent
     evaluate/     lm-eval, sandbox, comparison, report                   routing/     how the experts are used
+    heldout/      the loss on each held-out row                         study/       a recipe to its report, with what it took
     publish/      a model on the hub         serve/           a model behind an OpenAI-compatible server
     generate/     answers of a model         model_argument.py   the MODEL of a command     model_card.py   its README.md
     fit/          does a training fit, how long, at what price           devices.py   GPUs: memory, peak rates, prices

@@ -8,6 +8,7 @@ pesc run demo train.learning_rate=1e-4    with an override, typed by the recipe'
 pesc fit camelidae-8x7b --gpu a100-80:16  whether training fits these GPUs, and what it costs
 pesc compare demo demo@20260101 --out DIR runs side by side, item by item: intervals, tests, verdicts
 pesc reproduce 3f2a91bc77aa               build a stored result again from its manifest, and compare every byte
+pesc study study/smollm2-6-layers --out DIR   a study to its report, with what each arm and seed took
 pesc cost demo                            time, GPU-hours, dollars and measured energy of what has been built
 pesc card demo --out DIR                  the data card: sources, removed rows, contamination, mixture, samples
 pesc upcycle MODEL --out DIR              one conversion alone; so do import and export
@@ -49,6 +50,7 @@ from pesc.serve import commands as serve_commands
 from pesc.settings import store_root, use_remote
 from pesc.store import Store
 from pesc.store import commands as store_commands
+from pesc.study import commands as study_commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0] if __doc__ else ""
@@ -63,6 +65,7 @@ serve_commands.add_to(app)
 evaluate_commands.add_to(app)
 routing_commands.add_to(app)
 suite_commands.add_to(app)
+study_commands.add_to(app)
 store_commands.add_to(app)
 app.add_typer(bench, name="bench")
 app.add_typer(dev, name="dev")

@@ -12,7 +12,8 @@ The CLI, the plan, the runner, the Prefect tasks and flows, the deployments and 
     merge      one a trained arm             the arm's model, train, tokenize (prompts of the proof)
     evaluate   one a benchmark of each arm   merge (or the dense model), the benchmark's source
     routing    one a sparse arm              merge, tokenize (the held-out rows)
-    report     one                           evaluate of all, train, merge and routing of each arm, dedup, mix, tokenize
+    heldout    one an arm, where enabled     merge (or the dense model), tokenize (the held-out rows)
+    report     one                           evaluate of all, train, merge, routing and heldout of each arm, dedup, mix, tokenize
 
 Pitfall: `code_version` is part of every fingerprint. Raise it when a change of the stage's sources may change its bytes;
 `stages.lock` and its test make sure that somebody decides.
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING
 from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfig
 from pesc.errors import RecipeError
 from pesc.evaluate.config import BenchmarkConfig, FilledReportConfig
+from pesc.heldout.config import HeldOutConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.routing.config import RoutingConfig
 from pesc.stage import StageConfig
@@ -66,7 +68,7 @@ STAGES: tuple[Stage, ...] = (
         SourceConfig,
         1,
         "pesc.data.download:build",
-        ("pesc.data.download", "pesc.data.sources", "pesc.data.hub", "pesc.data.url", "pesc.data.gguf"),
+        ("pesc.data.download", "pesc.data.sources", "pesc.data.hub", "pesc.data.url", "pesc.data.gguf", "pesc.data.layers"),
         summary="fetch and pin sources",
     ),
     Stage(
@@ -232,9 +234,27 @@ STAGES: tuple[Stage, ...] = (
         summary="how the experts are used",
     ),
     Stage(
+        "heldout",
+        HeldOutConfig,
+        1,
+        "pesc.heldout.stage:build",
+        (
+            "pesc.heldout",
+            "pesc.routing.rows",
+            "pesc.routing.loading",
+            "pesc.train.blocks",
+            "pesc.models.factory",
+            "pesc.models.mixtral",
+            "pesc.moe",
+        ),
+        wants_gpu=True,
+        isolated=True,
+        summary="the loss on each held-out row",
+    ),
+    Stage(
         "report",
         FilledReportConfig,
-        3,
+        4,
         "pesc.evaluate.report:build",
         (
             "pesc.evaluate.report",
@@ -247,10 +267,14 @@ STAGES: tuple[Stage, ...] = (
             "pesc.evaluate.plots",
             "pesc.evaluate.power",
             "pesc.evaluate.records",
+            "pesc.evaluate.question_plots",
+            "pesc.evaluate.question_tables",
+            "pesc.evaluate.questions",
             "pesc.evaluate.replicates",
             "pesc.evaluate.tables",
             "pesc.evaluate.templates",
             "pesc.evaluate.verdict",
+            "pesc.heldout.results",
             "pesc.routing.plots",
             "pesc.routing.results",
             "pesc.routing.tables",
@@ -394,12 +418,14 @@ def _arm_nodes(recipe: Recipe, arm: str) -> Iterable[Node]:
         yield _node("evaluate", f"{arm}/{name}", benchmark, {"model": final, **data})
     if method in ("pesc", "upcycle-full") and recipe.routing.enabled:
         yield _node("routing", arm, recipe.routing, {"model": final, "blocks": "tokenize"})
+    if recipe.heldout.enabled:
+        yield _node("heldout", arm, recipe.heldout, {"model": final, "blocks": "tokenize"})
 
 
 def _report_node(recipe: Recipe, nodes: Iterable[Node]) -> Node:
-    wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate", "routing"}
+    wanted = {"dedup", "mix", "tokenize", "train", "merge", "evaluate", "routing", "heldout"}
     inputs = {n.address: n.address for n in nodes if n.stage.name in wanted}
     benchmarks = tuple(n.address for n in nodes if n.stage.name == "evaluate")
     config = FilledReportConfig(**recipe.report.model_dump(), expected=benchmarks)
-    routing = (n.address for n in nodes if n.stage.name == "routing")
-    return _node("report", "", config, inputs, optional=(*benchmarks, *routing))
+    others = (n.address for n in nodes if n.stage.name in ("routing", "heldout"))
+    return _node("report", "", config, inputs, optional=(*benchmarks, *others))

@@ -4,7 +4,8 @@
     sources                    where bytes come from; `base` names the one that is the dense model
     dedup mix tokenize         the instruction mixture
     upcycle train merge        the model
-    evaluate routing report    the benchmarks, the experts' use, and the page
+    evaluate routing heldout   the benchmarks, the experts' use, the loss on held-out rows
+    report                     the page
     arms                       what is compared: each arm has a method and may override `upcycle` and `train`
     execution                  where and how fast (never in a fingerprint)
 
@@ -28,6 +29,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pesc.data.config import DedupConfig, MixConfig, SourceConfig, TokenizeConfig
 from pesc.errors import RecipeError
 from pesc.evaluate.config import EvaluateConfig, ReportConfig
+from pesc.heldout.config import HeldOutConfig
 from pesc.models.config import MergeConfig, UpcycleConfig
 from pesc.redaction import find_secret, redact
 from pesc.routing.config import RoutingConfig
@@ -68,6 +70,7 @@ class Recipe(StageConfig):
     merge: MergeConfig = MergeConfig()
     evaluate: EvaluateConfig
     routing: RoutingConfig = RoutingConfig()
+    heldout: HeldOutConfig = HeldOutConfig()
     report: ReportConfig = ReportConfig()
     arms: dict[str, ArmConfig] = Field(min_length=1, description="Name -> what is compared: a method, and overrides of upcycle and train.")
     execution: Execution = Execution()
@@ -103,10 +106,35 @@ class Recipe(StageConfig):
             raise ValueError(f"report.replicates names the arm {unknown[0]!r}, which is not among the arms ({', '.join(self.arms)})")
         if repeated := [name for name in runs if runs.count(name) > 1]:
             raise ValueError(f"report.replicates names the arm {repeated[0]!r} twice")
+        self._check_questions()
         for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
             self.upcycle_of(arm)
             self.train_of(arm)
         return self
+
+    def _check_questions(self) -> None:
+        """A pre-registered question that no run could answer is told now."""
+        asked = self.report.preregistration
+        if asked is None:
+            return
+        if not self.heldout.enabled:
+            raise ValueError("report.preregistration asks about held-out losses, so heldout.enabled must be true")
+        for name in (name for question in asked.questions for name in (question.arm, question.control)):
+            if name not in self.arms:
+                raise ValueError(f"report.preregistration names the arm {name!r}, which is not among the arms ({', '.join(self.arms)})")
+            if not self.report.replicates.get(name):
+                raise ValueError(
+                    f"report.preregistration names the arm {name!r}, which is trained once: a difference between two runs says nothing of the "
+                    "spread from seed to seed; add arms with other seeds, and report.replicates"
+                )
+        for question in asked.questions:
+            ours, theirs = ((name, *self.report.replicates[name]) for name in (question.arm, question.control))
+            seeds = [[self.train_of(name).seed for name in names] for names in (ours, theirs)]
+            if seeds[0] != seeds[1]:
+                raise ValueError(
+                    f"report.preregistration compares {question.arm} and {question.control} run by run, so their runs must have the same seeds "
+                    f"in the same order; train.seed is {seeds[0]} and {seeds[1]}"
+                )
 
     def upcycle_of(self, arm: str) -> UpcycleConfig:
         """The upcycle settings of one arm."""
@@ -150,8 +178,13 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(Path(item.name).stem for item in resources.files("pesc.recipes").iterdir() if item.name.endswith(".yaml"))
+    """Names of the recipes that ship with the package; FOLDER/NAME of those in a folder."""
+    root = _shipped()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("pesc.recipes").joinpath("")))
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -225,13 +258,16 @@ def _read(name_or_path: str, depth: int = 0) -> dict[str, Any]:
 
 
 def _find(name_or_path: str) -> Any:
+    known = {
+        spelling: name for name in recipe_names() for spelling in (name, name.replace("/", "-"))
+    }  # FOLDER-NAME: as the recipe itself says
+    if name_or_path in known:
+        return _shipped() / f"{known[name_or_path]}.yaml"
     if _is_path(name_or_path):
         path = Path(name_or_path)
         if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
             raise RecipeError(f"There is no recipe file {name_or_path}. `pesc recipes` lists the ones that ship with the package.")
         return path
-    if name_or_path in recipe_names():
-        return Path(str(resources.files("pesc.recipes") / f"{name_or_path}.yaml"))
     close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise RecipeError(f"There is no recipe {name_or_path!r}.{hint} Known: {', '.join(recipe_names())}; or give the path of a YAML file.")

@@ -6,6 +6,7 @@ from tasks.dedup import dedup
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.execution import StageTask
+from tasks.heldout import heldout
 from tasks.merge import merge
 from tasks.mix import mix
 from tasks.report import report
@@ -15,5 +16,5 @@ from tasks.train import train
 from tasks.upcycle import upcycle
 
 TASKS: dict[str, StageTask] = {
-    stage.name: stage for stage in (download, dedup, mix, tokenize, upcycle, train, merge, evaluate, routing, report)
+    stage.name: stage for stage in (download, dedup, mix, tokenize, upcycle, train, merge, evaluate, routing, heldout, report)
 }  # fmt: skip

@@ -24,7 +24,8 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads_and_has_a_graph(name):
     recipe = load_recipe(name)
-    assert recipe.name == name
+    assert recipe.name == name.replace("/", "-")
+    assert load_recipe(recipe.name) == recipe
     assert recipe.description
     assert {node.stage.name for node in build_graph(recipe).nodes} >= {
         "download",

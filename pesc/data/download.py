@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from pesc.data.config import SourceConfig
 from pesc.data.hub import fetch_hub
+from pesc.data.layers import keep_layers
 from pesc.data.sources import (
     HubSource,
     LocalSource,
@@ -69,6 +70,8 @@ def build(ctx: StageContext) -> BuildResult:
     if config.gguf_file:
         facts |= {"gguf_file": config.gguf_file, **_convert_gguf(config, target, ctx)}
         shutil.rmtree(target)
+    if config.layers:
+        facts |= {"layers": list(config.layers), "layers_of": keep_layers(ctx.out, config.layers, f"Source {config.uri!r}")}
     _make_readable(ctx.out)
     files = list(list_local(ctx.out))
     size = sum(path.stat().st_size for path in files)

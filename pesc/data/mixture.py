@@ -1,6 +1,7 @@
 """The `mix` stage: quotas by domain, then by data set, then by stratum, drawn with a seed.
 
-    held out   the first `held_out` rows of each domain by (seed, "held_out", id); at most 1 % of it; they never enter the mixture
+    held out   the first `held_out` rows of each domain by (seed, "held_out", id); at most `held_out_share` of it; they never
+               enter the mixture
     places     by weights or by temperature, in rows or in tokens; a domain that has too few gives its places to the others, stays
                short, or fails, as `shortfall` says; within a domain, places that a data set cannot fill always go to its siblings
     draw       the first rows of each stratum by (seed, "draw", id), until its places are filled
@@ -33,8 +34,6 @@ from pesc.errors import DataError
 from pesc.stage import BuildResult, StageContext
 
 log = logging.getLogger(__name__)
-HELD_OUT_SHARE = 100
-"""At most one row in this many of a domain is held out."""
 RARE = "(rare strata)"
 """Name of the stratum that strata below `min_stratum_rows` make up together."""
 _KEY_ROWS = 65_536
@@ -146,7 +145,7 @@ def _make_pool(table: Any, ids: Any, config: MixConfig) -> Pool:
     free, pool = np.ones(len(ids), dtype=bool), Pool()
     held_out_keys = _draw_keys(config.seed, "held_out", ids) if config.held_out else None
     for code, rows in _groups(domain):
-        count = min(config.held_out, len(rows) // HELD_OUT_SHARE)
+        count = min(config.held_out, int(len(rows) * Fraction(str(config.held_out_share))))
         held = rows[np.argsort(held_out_keys[rows], kind="stable")[:count]] if held_out_keys is not None else rows[:0]
         free[held] = False
         pool.domains[domains[code]], pool.held_out[domains[code]] = {}, held

@@ -55,6 +55,30 @@ class EvaluateConfig(StageConfig):
         return expand(raw) if isinstance(raw, Mapping) else raw
 
 
+class Question(StageConfig):
+    """One comparison that was chosen before the runs: is the arm's held-out loss lower than the control's?"""
+
+    arm: str = Field(description="Arm that is asked about, by the name of its first run.")
+    control: str = Field(description="Arm that it is compared with, by the name of its first run.")
+    asks: str = Field(default="", description="The question in words.")
+
+
+class Preregistration(StageConfig):
+    """What counts as better, written down before the runs.  The measure is the mean over the domains of the held-out loss."""
+
+    primary: Question = Field(description="The question that decides.")
+    secondary: tuple[Question, ...] = Field(default=(), description="Further questions; their p-values are adjusted together (Holm).")
+    smallest_difference: float = Field(
+        gt=0, description="Nats per token. A difference whose whole 95 % interval is smaller than this either way counts as none."
+    )
+    note: str = Field(default="", description="What else was settled beforehand.")
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The primary one first."""
+        return (self.primary, *self.secondary)
+
+
 class ReportConfig(StageConfig):
     """What the report shows."""
 
@@ -64,6 +88,12 @@ class ReportConfig(StageConfig):
     replicates: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         description="Arm -> arms that are the same trained with other seeds; their spread enters the verdict between arms.",
+    )
+    preregistration: Preregistration | None = Field(
+        default=None,
+        exclude_if=lambda questions: questions is None,  # so that the keys from before there was a choice stay
+        description="Questions about held-out losses that were chosen before the runs, and what decides them. Needs heldout.enabled and arms "
+        "with replicates.",
     )
     samples_per_benchmark: int = Field(default=3, ge=0, description="Items shown in full on the page.")
 

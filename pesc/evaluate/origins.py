@@ -18,7 +18,7 @@ SHOWN_DIGITS = 12
 GIVES = {
     "evaluate": "scores, intervals, pairs and verdicts of {arm} on {benchmark}; its settings and samples",
     "train": "training of {arm}: steps, tokens, losses, curves, load of the experts", "merge": "merge proof of {arm}",
-    "routing": "how {arm} uses its experts",
+    "routing": "how {arm} uses its experts", "heldout": "loss of {arm} on the held-out rows",
     "dedup": "rows read, removed and kept; benchmark questions found", "mix": "the mixture", "tokenize": "tokens and blocks",
 }  # fmt: skip
 """What a stage's object gives to the page."""

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pesc.errors import EvaluationError
+from pesc.heldout.results import HeldOutResult
+from pesc.heldout.results import read_result as read_losses
 from pesc.routing.results import RoutingResult, read_result
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ class Records:
     mix: Mapping[str, Any] | None = None
     tokenize: Mapping[str, Any] | None = None
     routing: dict[str, RoutingResult] = field(default_factory=dict)
+    losses: dict[str, HeldOutResult] = field(default_factory=dict)
+    """Of the final models, on the held-out rows, by arm."""
 
 
 def parse_address(address: str) -> tuple[str, str]:
@@ -82,7 +87,7 @@ def parse_address(address: str) -> tuple[str, str]:
 
 def read_records(inputs: Mapping[str, Path]) -> Records:
     """Records of all inputs of a report, by their addresses."""
-    training, proofs, stats, routing = {}, {}, {}, {}
+    training, proofs, stats, routing, losses = {}, {}, {}, {}, {}
     for address, folder in sorted(inputs.items()):
         stage, instance = parse_address(address)
         if stage == "train" and (found := read_training(folder)):
@@ -93,7 +98,9 @@ def read_records(inputs: Mapping[str, Path]) -> Records:
             stats[stage] = read_json(folder / "stats.json")
         elif stage == "routing" and (seen := read_routing(folder)):
             routing[instance] = seen
-    return Records(training, proofs, stats.get("dedup"), stats.get("mix"), stats.get("tokenize"), routing)
+        elif stage == "heldout" and (measured := _read_losses(folder)):
+            losses[instance] = measured
+    return Records(training, proofs, stats.get("dedup"), stats.get("mix"), stats.get("tokenize"), routing, losses)
 
 
 def read_json(path: Path) -> Mapping[str, Any] | None:
@@ -112,6 +119,14 @@ def read_routing(folder: Path) -> RoutingResult | None:
         return read_result(folder)
     except (OSError, ValueError) as error:
         logger.warning("the report leaves out the routing: %s", type(error).__name__)
+        return None
+
+
+def _read_losses(folder: Path) -> HeldOutResult | None:
+    try:
+        return read_losses(folder)
+    except EvaluationError as error:
+        logger.warning("the report leaves out held-out losses: %s", error)
         return None
 
 

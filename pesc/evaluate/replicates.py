@@ -9,6 +9,11 @@ where s_arm and s_control are the spreads of the runs' scores, and s_questions t
 over runs, less what single runs scatter on single questions, which the first two terms hold already (a two-way analysis of variance; a
 bootstrap of runs and questions counts that scatter three times). The interval is Student's with Welch and Satterthwaite's degrees of
 freedom: two or three runs make it wide, as they should; resampling so few runs would not.
+
+Where run i of the arm and run i of the control have a seed in common (the order of the rows, hence much of what is random in training),
+`paired_runs_difference` takes the runs' differences first, so that what the seed does to both falls out:
+
+    variance = s_differences^2 / m + s_questions^2 / n
 """
 
 from __future__ import annotations
@@ -38,15 +43,33 @@ class RunsDifference:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval."""
-        half = t_quantile(0.975, self.degrees) * self.stderr
-        return self.difference - half, self.difference + half
+        return t_interval(self.difference, self.stderr, self.degrees)
 
     @property
     def p_value(self) -> float:
         """Two-sided, of no difference."""
-        if self.stderr == 0:
-            return 1.0 if self.difference == 0 else 0.0
-        return 2 * (1 - t_cdf(abs(self.difference) / self.stderr, self.degrees))
+        return t_p_value(self.difference, self.stderr, self.degrees)
+
+
+@dataclass(frozen=True)
+class PairedRunsDifference:
+    """Arm minus control over pairs of runs with a common seed, in the scores' own unit."""
+
+    difference: float
+    stderr: float
+    degrees: float
+    spread: float
+    """Standard deviation of the difference from seed to seed."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        return t_interval(self.difference, self.stderr, self.degrees)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of no difference."""
+        return t_p_value(self.difference, self.stderr, self.degrees)
 
 
 def score_matrix(runs: Sequence[Sequence[Sample]], label: str) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -76,11 +99,31 @@ def runs_difference(arm_BSI: Sequence[np.ndarray], control_BSI: Sequence[np.ndar
         (float(control.var(ddof=1)) / len(control), len(control) - 1),
         (sum(questions) / len(questions) ** 2, items),
     ]
+    spreads = float(arm.std(ddof=1)), float(control.std(ddof=1))
+    return RunsDifference(float(arm.mean() - control.mean()), *_pool(parts), *spreads)
+
+
+def paired_runs_difference(difference_BSI: Sequence[np.ndarray]) -> PairedRunsDifference:
+    """Mean over benchmarks (or domains) of arm minus control.  Each array: [pairs of runs, items] of one benchmark, the same pairs in each.
+
+    Raises ValueError for fewer than two pairs.
+    """
+    by_run = np.mean([scores.mean(axis=1) for scores in difference_BSI], axis=0)
+    if len(by_run) < 2:
+        raise ValueError("the spread between seeds needs two pairs of runs")
+    questions = [_question_variance(scores, np.zeros_like(scores)) for scores in difference_BSI]
+    parts = [
+        (float(by_run.var(ddof=1)) / len(by_run), len(by_run) - 1),
+        (sum(questions) / len(questions) ** 2, sum(scores.shape[1] - 1 for scores in difference_BSI)),
+    ]
+    return PairedRunsDifference(float(by_run.mean()), *_pool(parts), float(by_run.std(ddof=1)))
+
+
+def _pool(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a sum of variances with theirs (Welch and Satterthwaite)."""
     variance = sum(part for part, _ in parts)
     weights = sum(part**2 / max(1, degrees) for part, degrees in parts)
-    degrees = variance**2 / weights if weights else math.inf
-    spreads = float(arm.std(ddof=1)), float(control.std(ddof=1))
-    return RunsDifference(float(arm.mean() - control.mean()), math.sqrt(variance), degrees, *spreads)
+    return math.sqrt(variance), variance**2 / weights if weights else math.inf
 
 
 def _question_variance(arm_SI: np.ndarray, control_SI: np.ndarray) -> float:
@@ -119,6 +162,19 @@ def t_cdf(t: float, degrees: float) -> float:
     area = float(heights @ weights) * top / (3 * 1000)
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
     return min(1.0, 0.5 + scale * area)
+
+
+def t_interval(value: float, stderr: float, degrees: float) -> tuple[float, float]:
+    """The 95 % interval of an estimate."""
+    half = t_quantile(0.975, degrees) * stderr
+    return value - half, value + half
+
+
+def t_p_value(value: float, stderr: float, degrees: float) -> float:
+    """Two-sided, of 0."""
+    if stderr == 0:
+        return 1.0 if value == 0 else 0.0
+    return 2 * (1 - t_cdf(abs(value) / stderr, degrees))
 
 
 @lru_cache(maxsize=256)

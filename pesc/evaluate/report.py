@@ -1,6 +1,7 @@
 """`report`: tables, plots and one self-contained page from everything that the other stages left.
 
-    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], routing[ARM], dedup, mix, tokenize (each optional)
+    inputs   by address: evaluate[ARM/BENCHMARK] (at least one), train[ARM], merge[ARM], routing[ARM], heldout[ARM],
+             dedup, mix, tokenize (each optional)
     out      results.json (all numbers), report.md, report.html (no network, no script), plots/*.svg and *.png
 
 Runs without torch. The bytes depend on the inputs alone: no date, no host, seeded resampling, plots without ids that change.
@@ -20,6 +21,8 @@ from pesc.evaluate.baselines import Baselines, load_baselines
 from pesc.evaluate.comparison import RULES, Comparison, compare
 from pesc.evaluate.config import FilledReportConfig, ReportConfig
 from pesc.evaluate.origins import evaluation, find_holes, find_origins, holes_sentence, origin_id, origins_markdown
+from pesc.evaluate.question_tables import questions_markdown
+from pesc.evaluate.questions import compare_losses
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
 from pesc.evaluate.tables import report_markdown, results_table
@@ -55,8 +58,9 @@ def build(ctx: StageContext) -> BuildResult:
     comparison = compare(measured, answers, tuple(kinds), config.control_arm, config.baselines, baselines, config.replicates)
     results = collect(config, comparison, measured, records, kinds, baselines)
     expected = config.expected if isinstance(config, FilledReportConfig) else ()
+    results["held_out"] = _held_out(config, records, tuple(kinds))
     results |= {"origins": find_origins(ctx.digests, results["names"]), "holes": find_holes(expected, measured)}
-    plots = draw(comparison, records, kinds, results)
+    plots = draw(comparison, records, first_runs(kinds, config.replicates), results)
     _write(ctx.out, results, plots, choose_samples(answers, comparison.benchmarks, kinds, config.samples_per_benchmark))
     ctx.progress(len(folders) + 1, len(folders) + 1, unit="evaluations", message="page written")
     verdicts = {f"{v.arm} vs {v.system}": v.outperforms for v in comparison.verdicts}
@@ -108,6 +112,7 @@ def collect(
             settings.append(same := {**entry, "arms": []})
         same["arms"] = [name for name in kinds if name in (*same["arms"], arm)]
     return {
+        "replicates": {arm: list(names) for arm, names in config.replicates.items()},
         "schema_version": 1, "title": config.title or "Sparse against dense", "control_arm": config.control_arm,
         "systems": {system: baselines.systems[system].name for system in config.baselines},
         "system_notes": {baselines.systems[s].name: baselines.systems[s].note for s in config.baselines if baselines.systems[s].note},
@@ -116,6 +121,21 @@ def collect(
         "funnel": data_funnel(records.dedup), "contamination": (records.dedup or {}).get("contamination"), "mix": records.mix, "tokenize": records.tokenize,
         "settings": settings, "rules": list(RULES), "routing": {arm: found.model_dump(mode="json") for arm, found in records.routing.items()},
     }  # fmt: skip
+
+
+def _held_out(config: ReportConfig, records: Records, arms: Sequence[str]) -> dict[str, Any] | None:
+    """The held-out losses and the answers to the pre-registered questions; None where there are neither."""
+    trained = {arm: sum(group["parameters"] for group in run.trainable) for arm, run in records.training.items()}
+    found = compare_losses(
+        records.losses, [*arms, *(arm for arm in records.losses if arm not in arms)], config.replicates, trained, config.preregistration
+    )
+    return found.model_dump(mode="json") if found else None
+
+
+def first_runs(kinds: Mapping[str, str], replicates: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The arms that get curves and pictures of their own: all but further runs of another one."""
+    further = {name for names in replicates.values() for name in names}
+    return {arm: kind for arm, kind in kinds.items() if arm not in further}
 
 
 def benchmark_names(measured: Mapping[tuple[str, str], BenchmarkResult], baselines: Baselines) -> dict[str, str]:
@@ -157,17 +177,21 @@ def _settings(result: BenchmarkResult) -> dict[str, Any]:
 def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], results: Mapping[str, Any]) -> dict[str, str]:
     """SVG of each plot that has something to show, by file stem."""
     from pesc.evaluate import plots
+    from pesc.evaluate.question_plots import plot_questions
     from pesc.figures import svg_text
     from pesc.routing.plots import draw as draw_routing
 
     colours, names = plots.arm_colours(kinds), results["names"]
+    comparison = comparison.model_copy(update={"arms": tuple(arm for arm in comparison.arms if arm in kinds)})
     drawn = {}
+    if results["held_out"] and results["held_out"]["runs"]:
+        drawn["questions"] = plot_questions(results["held_out"])
     if any(cell.percent for cell in comparison.cells):
         drawn["scores"] = plots.plot_scores(comparison, kinds, names)
         drawn["bars"] = plots.plot_bars(comparison, kinds, names)
     if radar := plots.plot_radar(comparison, kinds, names):
         drawn["radar"] = radar
-    for arm in dict.fromkeys(pair.arm for pair in comparison.paired):
+    for arm in dict.fromkeys(pair.arm for pair in comparison.paired if pair.arm in kinds):
         drawn[f"differences-{arm}"] = plots.plot_differences(comparison, arm, colours[arm], names)
     runs = {arm: records.training[arm] for arm in kinds if arm in records.training and records.training[arm].series("loss")[0]}
     if runs:
@@ -178,7 +202,7 @@ def draw(comparison: Comparison, records: Records, kinds: Mapping[str, str], res
         block = next((entry["pesc"] or {} for entry in results["arms"] if entry["arm"] == arm), {})
         if (load := run.expert_load) and block.get("num_experts"):
             drawn[f"routing-{arm}"] = plots.plot_expert_load(load, experts_by_layer(block, len(load["max"][0])))
-    for arm, found in records.routing.items():
+    for arm, found in ((arm, found) for arm, found in records.routing.items() if arm in kinds):
         drawn |= {f"experts-{arm}-{name}": svg_text(figure) for name, figure in draw_routing(found).items()}
     if results["funnel"]:
         drawn["data"] = plots.plot_data(results["funnel"])
@@ -272,16 +296,29 @@ def _whole_markdown(results: Mapping[str, Any]) -> str:
     title, _, rest = report_markdown(results).partition("\n\n")
     missing = holes_sentence(results)
     experts = routing_markdown({arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()})
-    parts = [title, *([f"**{missing}**"] if missing else []), *(text.rstrip("\n") for text in (rest, experts, origins_markdown(results)))]
+    asked = questions_markdown(results["held_out"]) if results["held_out"] else ""
+    parts = [
+        title,
+        *([f"**{missing}**"] if missing else []),
+        *(text.rstrip("\n") for text in (asked, rest, experts, origins_markdown(results))),
+    ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _colours(kinds: Mapping[str, str], replicates: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """A colour an arm, as in the plots; further runs have that of their first."""
+    from pesc.evaluate.plots import arm_colours
+
+    colours = arm_colours(first_runs(kinds, replicates))
+    unseen = dict.fromkeys(kinds, "#7f8790")
+    return unseen | colours | {name: colours[arm] for arm, names in replicates.items() if arm in colours for name in names}
 
 
 def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: Sequence[Mapping[str, Any]]) -> str:
     """The self-contained HTML page."""
     from markupsafe import Markup
 
-    from pesc.evaluate import plots as drawing
-    from pesc.evaluate import tables
+    from pesc.evaluate import question_tables, tables
     from pesc.figures import inline, page_environment
     from pesc.routing import tables as routing_tables
 
@@ -299,7 +336,8 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
     page = environment.get_template("report.html.j2")
     routing = {arm: RoutingResult.model_validate(found) for arm, found in results["routing"].items()}
     return page.render(
-        r=results, plots=inlined, samples=samples, colours=drawing.arm_colours(kinds), figure_rows=tables.figure_rows(results),
+        r=results, plots=inlined, samples=samples, colours=_colours(kinds, results["replicates"]), figure_rows=tables.figure_rows(results),
         mark_notes=tables.mark_notes(results), evaluation=evaluation, keys={name: key for key, name in results["names"].items()},
         missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]}, routing=routing, routing_tables=routing_tables,
+        question_tables=question_tables,
     )  # fmt: skip

@@ -4,6 +4,7 @@
   one system are Holm-adjusted together.
 - An arm against a published system: the mean difference over its comparable figures, each published row once. Yes (no) when its 95 %
   interval lies above (below) 0, else it cannot be told. So one bad benchmark can be made up for by good ones, and the counts stand beside.
+- Two arms' held-out losses, as a recipe chose beforehand: `by_loss`.
 - An arm against the control: by the Holm-adjusted p-value of each benchmark, and by the interval of the mean over them.
 
 Each arm against each system (or control) is a question of its own; there is no correction over those.
@@ -18,6 +19,7 @@ from pesc.evaluate.intervals import Estimate, difference_of, holm, mean_of, p_of
 
 Verdict = Literal["yes", "no", "cannot tell"]
 Direction = Literal["better", "worse", "cannot tell"]
+LossVerdict = Literal["better", "worse", "no difference", "cannot tell"]
 ALPHA = 0.05
 
 
@@ -50,6 +52,17 @@ def overall(differences: Sequence[Estimate]) -> tuple[Estimate | None, Verdict]:
 def by_interval(low: float, high: float) -> Verdict:
     """Yes when the whole interval lies above 0, no when below."""
     return "yes" if low > 0 else "no" if high < 0 else "cannot tell"
+
+
+def by_loss(low: float, high: float, smallest: float) -> LossVerdict:
+    """What the 95 % interval of a difference in loss (arm minus control: below 0 is better) says.
+
+    Inside (-smallest, smallest) there is no difference that counts, even where 0 is left out. Else better when all of it lies below 0,
+    worse when above, and it cannot be told when it holds 0.
+    """
+    if -smallest < low and high < smallest:
+        return "no difference"
+    return "better" if high < 0 else "worse" if low > 0 else "cannot tell"
 
 
 def direction(verdict: Verdict) -> Direction:

@@ -1,4 +1,4 @@
-"""A model for reading its routers: loaded whole, or refused with a sentence."""
+"""A model for reading its routers or its losses: loaded whole, or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_model(directory: Path, name: str, dtype: str, device: str = "auto") -> 
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"The model of {name} cannot be loaded ({lines[0]}): write or download the directory again.") from error
     if lost := sorted(info["missing_keys"]):
-        raise ModelError(f"{name} lacks {len(lost)} tensors ({lost[0]}): its routing would be that of random weights.")
+        raise ModelError(f"{name} lacks {len(lost)} tensors ({lost[0]}): what is measured of it would be of random weights.")
     set_dispatch(model, "dense")
     return model.eval()
 

@@ -37,7 +37,7 @@ def timed(*command: str, **environment: str) -> float:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A recipe of all ten stages (15 actions), and a store that has every result."""
+    """A recipe of ten stages (15 actions), and a store that has every result."""
     folder = tmp_path_factory.mktemp("finished")
     recipe, store = str(write_recipe(folder / "sources")), Store(folder / "store")
     run_recipe(load_recipe(recipe), store)

@@ -403,3 +403,14 @@ def test_a_weighted_data_set_without_rows_is_named(caplog):
     assert "names oss, of which no row is left" in caplog.text
     with pytest.raises(DataError, match=r"dataset_weights names oss.*mix\.shortfall"):
         drawn(pool(code__evol=100), shortfall="fail", **settings)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 29), (0.1, 64), (0.02, 58)])
+def test_a_domain_gives_at_most_its_share_to_the_held_out_rows(share, count):
+    table = pool(general=2900)
+    settings = {"total": 100, "weights": {"general": 1}, "held_out": 64, "held_out_share": share}
+    held = held_out_ids(table, **settings)
+    assert len(held) == count
+    _, ids, _ = drawn(table, **settings)
+    assert not set(held) & set(ids)
+    assert ("held_out_share" in MixConfig(**settings).model_dump()) == (share != 0.01)  # keys from before there was a choice stay

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flows.children import Pickup
 from flows.pipeline import pipeline
-from flows.stages import dedup, download, evaluate, merge, mix, report, routing, tokenize, train, upcycle
+from flows.stages import dedup, download, evaluate, heldout, merge, mix, report, routing, tokenize, train, upcycle
 from pesc import errors
 from pesc import pipeline as table
 from pesc.plan import Selection
@@ -31,7 +31,7 @@ from pesc.store import Store
 from tests import fake_stages
 from tests.flows import builders, programs
 
-__all__ = ["dedup", "download", "evaluate", "merge", "mix", "pipeline", "report", "routing", "tokenize", "train", "upcycle"]
+__all__ = ["dedup", "download", "evaluate", "heldout", "merge", "mix", "pipeline", "report", "routing", "tokenize", "train", "upcycle"]
 
 
 def build(ctx: StageContext) -> BuildResult:

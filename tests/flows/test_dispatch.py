@@ -16,7 +16,7 @@ from tests.flows.test_pipeline import ACTIONS
 
 __all__ = ["postgres"]
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-ON_GPU = {"train", "merge", "evaluate", "routing"}
+ON_GPU = {"train", "merge", "evaluate", "routing", "heldout"}
 
 
 @pytest.fixture(scope="module")

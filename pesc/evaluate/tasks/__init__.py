@@ -1,6 +1,6 @@
 """lm-eval tasks of this package, in lm-eval's own YAML format, and the Python they refer to.
 
-    pesc_mmlu, pesc_openbookqa                 over rows {question, options "A. ..\\nB. ..", answer "B. text"}
+    pesc_mmlu, pesc_openbookqa, pesc_piqa      over rows {question, options "A. ..\\nB. ..", answer "B. text"}
     pesc_humaneval, pesc_humaneval_instruct    stock prompts and stop strings, scored in `pesc.evaluate.sandbox`
     pesc_mbpp                                  likewise, three-shot
 

@@ -1,0 +1,69 @@
+"""`pesc study`: run a recipe to its report, and write the report with what it took.
+
+pesc study study/smollm2-6-layers --out study            what the store has is not built again
+pesc study study/smollm2-6-layers --out study --store S
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pesc.build import Outcome
+from pesc.errors import HolesError
+from pesc.plan import Selection
+from pesc.recipe import Recipe, load_recipe
+from pesc.settings import store_root
+from pesc.store import Store
+from pesc.study.costs import arm_costs, whole_seconds
+from pesc.study.page import study_markdown
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("study")(study)
+
+
+def study(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.", metavar="RECIPE")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for study.md, report.html, results.json and plots.", file_okay=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, e.g. train.max_steps=8.", metavar="[KEY=VALUE]...")
+    ] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Directory of the store. Default: $PESC_STORE or ./store.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the library's log.")] = False,
+) -> None:
+    """Run a study to its report, and write it with what each arm and seed took."""
+    from pesc.console import ConsoleRun
+
+    loaded, place = load_recipe(recipe, overrides or ()), Store(store or store_root())
+    try:
+        with ConsoleRun(verbose=verbose) as console:
+            outcomes = console.run(loaded, place, Selection())
+    except HolesError as error:
+        if "report" in error.finished:
+            print(write_study(loaded, place, error.finished, out))
+        raise
+    print(write_study(loaded, place, outcomes, out))
+
+
+def write_study(recipe: Recipe, store: Store, outcomes: Mapping[str, Outcome], out: Path) -> Path:
+    """study.md in `out`, beside the report's own files.  outcomes: of a run, by address, the report's among them."""
+    folder = store.open(outcomes["report"].ref)
+    found = {address: store.find(outcome.ref.stage, outcome.ref.fingerprint) for address, outcome in outcomes.items()}
+    manifests = {address: manifest for address, manifest in found.items() if manifest}
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    page = out / "study.md"
+    page.write_text(
+        study_markdown(results, recipe.description, arm_costs(recipe.arms, manifests), whole_seconds(manifests.values())), encoding="utf-8"
+    )
+    return page
