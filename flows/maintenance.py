@@ -37,8 +37,8 @@ def gc(
         delete: Remove it. Without it, only say what would go.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    place = open_store(store)
     with library_records():
+        place = open_store(store)
         plans = [make_plan(load_recipe(name), place) for name in keep_recipes or ()]
         keep = [(a.node.stage.name, a.fingerprint) for plan in plans for a in plan if a.status == "HIT" and a.fingerprint]
         report = maintenance.gc(place, keep, keep_days, delete)
@@ -80,8 +80,8 @@ def push(what: list[str] | None = None, remote: str | None = None, dry_run: bool
         dry_run: Only say how many files and bytes would be sent.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    place = Store(open_store(store).root, remote=remote or remote_url())
     with library_records():
+        place = Store(open_store(store).root, remote=remote or remote_url())
         report = mirror.push(place, mirror.chosen(place, what or ()), dry_run)
         summary = report.summary("Would send" if dry_run else "Sent")
         get_run_logger().info("%s", summary)

@@ -18,6 +18,7 @@ from flows.parameters import Override, RecipeSettings, StageDeployments, as_over
 from pesc.build import Outcome
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
+from tasks.execution import library_records
 from tasks.runner import Inline
 
 
@@ -51,7 +52,8 @@ def pipeline(
     changes = [*as_overrides(settings), *(overrides or ())]
     selection = Selection(tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(refresh or ()))
     runner = Dispatched(recipe, changes, store, chosen_deployments(deployments)) if dispatch else Inline()
-    return run_chain(load_recipe(recipe, changes), open_store(store), selection, runner)
+    with library_records():
+        return run_chain(load_recipe(recipe, changes), open_store(store), selection, runner)
 
 
 if __name__ == "__main__":

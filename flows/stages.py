@@ -17,6 +17,7 @@ from pesc.pipeline import build_graph, stage_named
 from pesc.plan import Selection, make_plan
 from pesc.recipe import Recipe, load_recipe
 from pesc.store import Store
+from tasks.execution import library_records
 
 
 def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
@@ -35,14 +36,15 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
         store: str | None = None,
     ) -> dict[str, Outcome]:
         changes = [*as_overrides(settings, block_of(name)), *as_overrides(execution, "execution"), *(overrides or ())]
-        loaded, place = load_recipe(recipe, changes), open_store(store)
         pattern = f"{name}[{instance}]" if instance else name
         refreshed = (pattern,) if refresh else ()
-        if build_missing:
-            return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed, without=tuple(without or ())))
-        selection = Selection(only=(pattern,), refresh=refreshed, without=tuple(without or ()))
-        require_inputs(loaded, place, selection)
-        return run_chain(loaded, place, selection)
+        with library_records():  # the remote is asked what is there, perhaps with the keys of a Secret block
+            loaded, place = load_recipe(recipe, changes), open_store(store)
+            if build_missing:
+                return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed, without=tuple(without or ())))
+            selection = Selection(only=(pattern,), refresh=refreshed, without=tuple(without or ()))
+            require_inputs(loaded, place, selection)
+            return run_chain(loaded, place, selection)
 
     run_stage.__name__ = run_stage.__qualname__ = name
     run_stage.__doc__ = f"""Run the stage `{name}` of a recipe: {stage.summary}.

@@ -19,6 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
 from pesc.redaction import redact_error, redact_handlers, remember
+from pesc.store.remote import close_remotes
 
 logger = logging.getLogger(__name__)
 VARIABLES = (
@@ -47,12 +48,16 @@ def run_secrets() -> Iterator[None]:
     for variable, value in added.items():
         remember(f"the Secret block {block_name(variable)}", value)
     os.environ.update(added)
+    if added:
+        close_remotes()
     try:
         with clean_errors():
             yield
     finally:
         for variable in added:
             os.environ.pop(variable, None)
+        if added:
+            close_remotes()
 
 
 @contextlib.contextmanager
