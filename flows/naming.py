@@ -21,7 +21,8 @@ LENGTH = 8
 def run_digest(flow: str, given: Mapping[str, Any]) -> str:
     """Of a stage's flow that is asked for one action: its fingerprint, where its inputs are there. Of the pipeline: of all its settings.
 
-    A name asks no network: an input that only a remote has counts as unknown. "" where neither is known, and for parameters that cannot be used: the run itself says what is wrong with them.
+    A name asks no network: an input that only a remote has counts as unknown. "" where neither is known, and for parameters that
+    cannot be used: the run itself says what is wrong with them.
     """
     try:
         if flow == "pipeline":

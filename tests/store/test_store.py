@@ -1,5 +1,7 @@
 """The store's promises: all or nothing, first writer wins, one builder at a time, and nothing believed that is not there."""
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -122,6 +124,26 @@ def test_a_killed_holder_frees_the_workspace_and_leaves_its_scratch(store, holde
     holder.join()
     with store.workspace("train", "f" * 64, "train") as workspace:
         assert (workspace.root / "checkpoint").read_text() == "step 100"
+
+
+def test_where_locks_are_those_of_nfs_the_care_of_the_store_reads_them(store, monkeypatch):
+    """NFS makes byte-range locks of `flock`: an exclusive one wants a descriptor that may write."""
+    with store.workspace("train", "e" * 64, "train") as workspace:
+        (workspace.root / "checkpoint").write_text("half")
+    monkeypatch.setattr("fcntl.flock", fcntl.lockf)
+    assert not is_locked(store.workspace_path("train", "e" * 64))
+    assert fsck(store).leftovers == [store.workspace_path("train", "e" * 64)]
+    assert gc(store, [], 0.0).workspaces == [store.workspace_path("train", "e" * 64)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_sentence(store, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(StoreError, match=r"gives no locks .* Mount it with locks"), store.workspace("train", "e" * 64, "train"):
+        pass
 
 
 def test_fsck_is_clean_after_normal_work_and_names_damage(store):
