@@ -56,6 +56,12 @@ class Fleet(_Settings):
     """Everything around the deployments."""
 
     heartbeat_seconds: int = Field(180, ge=30, description="Time between a run's signs of life.")
+    pending_seconds: int | None = Field(
+        3600,
+        ge=60,
+        description="Time that a run may take to begin after a worker has taken it: images are pulled and nodes are found in it. "
+        "null: for ever, as in pools of the type slurm.",
+    )
     pools: dict[str, Pool]
     limits: dict[str, int] = Field(default_factory=dict, description="Global concurrency limits by name.")
     variables: dict[str, Any] = Field(default_factory=dict, description="Prefect variables by name.")
