@@ -20,9 +20,11 @@ from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.utilities.callables import parameter_schema
 from pydantic_core import to_jsonable_python
 
-from deployments.fleet import HERE, BootstrapError, Fleet, merged, places
+from deployments.fleet import HERE, BootstrapError, Fleet, merged, places, refuse_secrets
 from deployments.server import Difference, Json, Server, Thing, differences
 from pesc import __version__
+from pesc.errors import RemoteError
+from pesc.store.places import open_place
 
 PREFECT_FILE = HERE / "prefect.yaml"
 _PLACEHOLDER = re.compile(r"{{\s*\$(\w+)\s*}}")
@@ -49,12 +51,24 @@ def declared_things(fleet: Fleet) -> list[Thing]:
             )
         pool = fleet.pools[pool_name]
         environment = {**os.environ, **places(pool_name, pool), **pool.env}
-        entry_things = _entry_things(name, _filled(changed, environment, name), _filled(document["pull"], environment, name))
+        _check_remote(environment.get("PESC_REMOTE"), pool_name)
+        filled, pull_steps = _filled(changed, environment, name), _filled(document["pull"], environment, name)
+        refuse_secrets(filled, f"The deployment {name}: ")
+        entry_things = _entry_things(name, filled, pull_steps)
         if changed["work_pool"]["work_queue_name"] not in fleet.pools[pool_name].queues:
             queue = f"{pool_name}/{changed['work_pool']['work_queue_name']}"
             raise BootstrapError(f"The deployment {name} goes to the queue {queue}, which the fleet does not have.")
         things += entry_things
     return things
+
+
+def _check_remote(url: str | None, pool: str) -> None:
+    """Raises BootstrapError for a remote that no run could open, or with a password in it: runs get it from their deployment."""
+    try:
+        if url:
+            open_place(url)
+    except RemoteError as error:
+        raise BootstrapError(f"PESC_REMOTE of the pool {pool}: {error}") from None
 
 
 def _name_of(entry: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from pydantic_core import to_jsonable_python
 
 from deployments.fleet import BootstrapError
+from pesc.redaction import redact
 
 Json = dict[str, Any]
 _SHOWN_CHARACTERS = 80
@@ -116,7 +117,7 @@ class Difference:
 def _shown(value: Any) -> str:
     if value is ABSENT:
         return "absent"
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = redact(json.dumps(value, ensure_ascii=False, sort_keys=True))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 

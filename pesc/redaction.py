@@ -119,6 +119,11 @@ def find_secret(text: str) -> str | None:
     return None
 
 
+def find_secret_variable(name: str, value: str) -> str | None:
+    """The same for the value of an environment variable, which may also be named like a secret."""
+    return find_secret(value) or (f"a value that is named like a secret ({name})" if _secrets_of(name.upper(), value) else None)
+
+
 class RedactingFilter(logging.Filter):
     """For handlers: redacts the message and the traceback of every record that passes."""
 

@@ -108,3 +108,41 @@ def test_containers_have_the_places_of_the_image_and_the_store_of_the_node():
 def test_everything_can_be_worked_out_without_a_server(pool_type):
     things = wanted_things(load_fleet(pool_type=pool_type))
     assert len({str(thing) for thing in things}) == len(things) > 30
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("pools: {gpu: {env: {HF_TOKEN: hf_PlantedPlantedPlanted1234}}}", "pools.gpu.env.HF_TOKEN holds an access token"),
+        (
+            "pools: {gpu: {env: {WANDB_API_KEY: planted-0123456789}}}",
+            "pools.gpu.env.WANDB_API_KEY holds a value that is named like a secret",
+        ),
+        ("variables: {mirror: 'https://ada:planted@example.com'}", "variables.mirror holds a URL with a password"),
+        (
+            "deployments: {train/gpu: {parameters: {overrides: ['x=hf_PlantedPlantedPlanted1234']}}}",
+            "deployments.train/gpu.parameters.overrides[0] holds an access token",
+        ),
+        ("pools: {gpu: {env: {PESC_REMOTE: 's3://KEY:planted@bucket'}}}", "pools.gpu.env.PESC_REMOTE holds a URL with a password"),
+    ],
+)
+def test_a_secret_in_a_fleet_is_refused_and_not_repeated(capsys, tmp_path, text, told):
+    sentence = said(capsys, "--fleet", fleet(tmp_path, text))
+    assert told in sentence
+    assert "lanted" not in sentence
+
+
+def test_a_remote_with_a_password_goes_into_no_deployment(capsys, monkeypatch):
+    monkeypatch.setenv("PESC_REMOTE", "s3://KEY:planted-secret@bucket/pesc")
+    sentence = said(capsys)
+    assert "PESC_REMOTE of the pool cpu: The URL of the remote holds a name or a password." in sentence
+    assert "planted" not in sentence
+    monkeypatch.setenv("PESC_REMOTE", "some/where")
+    assert "must be an absolute path" in said(capsys)
+
+
+def test_what_differs_is_told_without_a_secret():
+    from deployments.server import Difference
+
+    told = str(Difference("job_variables.env.PESC_REMOTE", "s3://KEY:planted-secret@bucket/pesc", "s3://bucket/pesc"))
+    assert told == 'job_variables.env.PESC_REMOTE is "s3://***@bucket/pesc", wanted "s3://bucket/pesc"'
