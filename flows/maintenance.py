@@ -2,7 +2,7 @@
 
 The first two report; they change something only when asked.
 
-prefect deployment run gc/cpu --param 'keep_recipes=["demo"]'
+prefect deployment run gc/cpu --param 'keep_recipes=["demo", "/data/ours.yaml train.seed=3"]'
 prefect deployment run fsck/cpu --param repair=true
 prefect deployment run push/cpu --param 'what=["demo"]'
 """
@@ -16,9 +16,8 @@ from prefect import flow, get_run_logger
 from flows.chain import open_store
 from flows.hooks import HOOKS
 from pesc import mirror
+from pesc.collect import collect
 from pesc.errors import StoreError
-from pesc.plan import make_plan
-from pesc.recipe import load_recipe
 from pesc.settings import remote_url
 from pesc.store import Store, maintenance
 from tasks.execution import library_records
@@ -32,17 +31,16 @@ def gc(
     """Find results that nothing needs. A dry run unless `delete` is given.
 
     Args:
-        keep_recipes: Keep what the plans of these recipes hit.
+        keep_recipes: Keep what these recipes hit, each a name or a path with its overrides: demo train.seed=3. Default: all that ship, and what the last run
+            of each recipe used.
         keep_days: Keep what was made or used in the last N days.
         delete: Remove it. Without it, only say what would go.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
     with library_records():
         place = open_store(store)
-        plans = [make_plan(load_recipe(name), place) for name in keep_recipes or ()]
-        keep = [(a.node.stage.name, a.fingerprint) for plan in plans for a in plan if a.status == "HIT" and a.fingerprint]
-        report = maintenance.gc(place, keep, keep_days, delete)
-        lines = [str(path.relative_to(place.root)) for path in (*report.actions, *report.objects, *report.workspaces)]
+        report = collect(place, keep_recipes, keep_days, delete)
+        lines = [str(path.relative_to(place.root)) for _, path in report.by_kind]
         verb = "Freed" if delete else "Would free"
         summary = f"{verb} {report.freed_bytes / 1e6:.1f} MB in {len(lines)} places; {report.kept_actions} actions kept"
         get_run_logger().info("%s.", summary)
