@@ -37,13 +37,9 @@ def declared_things(fleet: Fleet) -> list[Thing]:
     """Every deployment of prefect.yaml, with the fleet's changes, each followed by its schedules.  Raises BootstrapError."""
     document = yaml.safe_load(PREFECT_FILE.read_text())
     entries = {_name_of(entry): entry for entry in document["deployments"]}
-    if unknown := sorted(set(fleet.deployments) - set(entries)):
-        raise BootstrapError(
-            f"The fleet changes {', '.join(unknown)}, which prefect.yaml does not have. It has {', '.join(sorted(entries))}."
-        )
     things: list[Thing] = []
-    for name, entry in entries.items():
-        changed = merged(entry, fleet.deployments.get(name, {}))
+    for name in [*entries, *(name for name in fleet.deployments if name not in entries)]:
+        changed = merged(*_below_and_above(name, entries, fleet.deployments.get(name, {})))
         pool_name = changed["work_pool"]["name"]
         if pool_name not in fleet.pools:
             raise BootstrapError(
@@ -60,6 +56,30 @@ def declared_things(fleet: Fleet) -> list[Thing]:
             raise BootstrapError(f"The deployment {name} goes to the queue {queue}, which the fleet does not have.")
         things += entry_things
     return things
+
+
+def _below_and_above(name: str, entries: Mapping[str, Mapping[str, Any]], above: Mapping[str, Any]) -> tuple[Json, Json]:
+    """The entry of a deployment, or of the one that a new one is to be like, and the fleet's changes.  Raises BootstrapError."""
+    above, like = dict(above), above.get("like")
+    above.pop("like", None)
+    if name in entries:
+        if like is not None:
+            raise BootstrapError(
+                f"deployments.{name}.like: prefect.yaml has {name} itself. Leave `like` out, or give the new one another name."
+            )
+        return dict(entries[name]), above
+    if like is None:
+        raise BootstrapError(
+            f"The fleet changes {name}, which prefect.yaml does not have. It has {', '.join(sorted(entries))}. A new deployment says which of "
+            f"them it is like: {name}: {{like: train/gpu, work_pool: {{name: POOL, work_queue_name: QUEUE}}}}."
+        )
+    flow, _, own = name.partition("/")
+    if like not in entries or like.partition("/")[0] != flow or not own:
+        of_flow = [known for known in entries if known.partition("/")[0] == flow]
+        raise BootstrapError(
+            f"deployments.{name}.like is {like!r}, and has to be a deployment of the same flow: {', '.join(of_flow) or f'there is none of {flow!r}'}."
+        )
+    return {**{key: value for key, value in entries[like].items() if key != "schedules"}, "name": own}, above
 
 
 def _check_remote(url: str | None, pool: str) -> None:

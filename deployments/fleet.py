@@ -66,7 +66,9 @@ class Fleet(_Settings):
     pools: dict[str, Pool]
     limits: dict[str, int] = Field(default_factory=dict, description="Global concurrency limits by name.")
     variables: dict[str, Any] = Field(default_factory=dict, description="Prefect variables by name.")
-    deployments: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Changes to entries of prefect.yaml, by FLOW/NAME.")
+    deployments: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Changes to entries of prefect.yaml, by FLOW/NAME; new ones with `like: FLOW/NAME`."
+    )
 
 
 def load_fleet(path: Path | None = None, pool_type: PoolType | None = None) -> Fleet:

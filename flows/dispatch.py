@@ -74,20 +74,21 @@ class Dispatched:
         self._starting, self._stopped = threading.Lock(), threading.Event()
         self._children: set[str] = set()
         self._nodes: Mapping[str, Node] = {}
+        self._recipe = ""
 
     def prepare(self, plan: Plan) -> None:
         """Raises RecipeError when a deployment that will be needed is not there, or this run would be in its way."""
         if (flow_run.get_run_count() or 1) > 1:  # Prefect's Retry: the children of the first time are ours as well
             parent = UUID(flow_run.get_id())
             self._children |= {str(child.id) for child in self._ask(lambda client: children_of(client, parent))}
-        self._nodes = build_graph(plan.recipe).by_address
+        self._nodes, self._recipe = build_graph(plan.recipe).by_address, plan.recipe.name
         needed = dict.fromkeys(self._deployments[a.node.stage.name] for a in plan if a.status == "RUN")
         places = {name: self._ask(lambda client, name=name: _place_of(client, name)) for name in needed}
         self._check_place({name: place for name, place in places.items() if place})
         if missing := [name for name, place in places.items() if place is None]:
             raise RecipeError(
                 f"The Prefect server at {PREFECT_API_URL.value()} has no deployment {', '.join(missing)}, which would build a part of "
-                f"{plan.recipe.name}. Deploy with `prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml`, or name others "
+                f"{plan.recipe.name}. Make them with `python -m deployments.bootstrap`, or name others "
                 "with the parameter `deployments`."
             )
 
@@ -153,7 +154,8 @@ class Dispatched:
         node = self._nodes[job.address]
         holes = [address for input_name, address in node.inputs.items() if input_name not in job.inputs]
         parameters = {**self._given, "instance": node.instance or None, "refresh": job.refresh, "without": holes or None}
-        tags = [CHILD_TAG, *(tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS)]
+        own = [CHILD_TAG, f"recipe:{self._recipe}"]  # the second is how the UI finds everything of a recipe
+        tags = list(dict.fromkeys([*own, *(tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS)]))
         key = f"{context.task_run.id}-{context.task_run.run_count}" if context else None  # of this try: what was sent twice starts once
 
         def start(_client: SyncPrefectClient) -> FlowRun:
