@@ -175,6 +175,8 @@ def _iter_secrets(name: str, value: str) -> Iterator[str]:
                 yield password
                 yield unquote(password)
     words = name.split("_")
+    if words[-2:] == ["WEBHOOK", "URL"] and value.strip():  # who has it can write to the channel
+        yield value.strip()
     named = bool(_SECRET_WORDS & set(words)) or any(pair in _SECRET_PAIRS for pair in pairwise(words))
     is_path = value.startswith("/") and os.path.exists(value)
     if not named or words[-1] in _NO_SECRET_ENDINGS or is_path or not value.strip():

@@ -250,3 +250,13 @@ def test_a_slurm_run_is_a_step_that_asks_for_what_it_needs():
     for wrong in ({"gpus": "0"}, {"python": 3}, {"memory": "lots"}, {"time_limit": "a day"}):
         with pytest.raises(jsonschema.ValidationError):
             configured("slurm", **wrong)
+
+
+def test_a_container_of_any_user_has_places_that_it_may_write_to():
+    """The image's home belongs to its own user; and a user without an entry in the image has no name unless the environment gives one."""
+    configuration = configured("docker", user="4321:4321")
+    assert configuration.container_create_kwargs["user"] == "4321:4321"
+    assert configuration.env["HOME"] == "/tmp"
+    assert configuration.env["PREFECT_HOME"].startswith("/tmp/")
+    assert configuration.env["USER"]
+    assert configured("docker", env={"HOME": "/data/home"}).env["HOME"] == "/data/home"
