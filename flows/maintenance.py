@@ -15,6 +15,7 @@ from prefect import flow, get_run_logger
 
 from flows.chain import open_store
 from flows.hooks import HOOKS
+from flows.parameters import Text
 from pesc import mirror
 from pesc.collect import collect
 from pesc.errors import StoreError
@@ -26,7 +27,7 @@ from tasks.reporting import publish_note
 
 @flow(name="gc", flow_run_name="gc delete={delete}", persist_result=False, **HOOKS)
 def gc(
-    keep_recipes: list[str] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
+    keep_recipes: list[Text] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
 ) -> maintenance.GcReport:
     """Find results that nothing needs. A dry run unless `delete` is given.
 
@@ -69,7 +70,9 @@ def fsck(repair: bool = False, store: str | None = None) -> maintenance.FsckRepo
 
 
 @flow(name="push", persist_result=False, **HOOKS)
-def push(what: list[str] | None = None, remote: str | None = None, dry_run: bool = False, store: str | None = None) -> mirror.MirrorReport:
+def push(
+    what: list[Text] | None = None, remote: Text | None = None, dry_run: bool = False, store: str | None = None
+) -> mirror.MirrorReport:
     """Give the remote what it lacks of the store: files first, manifests last. Interrupted runs go on where they were.
 
     Args:

@@ -10,7 +10,7 @@ from prefect import Flow
 
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
-from flows.parameters import ExecutionSettings, Override, as_overrides, block_of, deployment_name, stage_settings
+from flows.parameters import Address, ExecutionSettings, Override, Text, as_overrides, block_of, deployment_name, stage_settings
 from pesc.build import Outcome
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph, stage_named
@@ -25,14 +25,14 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
     stage, settings_type = stage_named(name), stage_settings(name)
 
     def run_stage(
-        recipe: str = "demo",
-        instance: str | None = None,
+        recipe: Text = "demo",
+        instance: Text | None = None,
         settings: settings_type = None,  # type: ignore[valid-type]
         execution: ExecutionSettings | None = None,  # type: ignore[valid-type]
         overrides: list[Override] | None = None,
         refresh: bool = False,
         build_missing: bool = False,
-        without: list[str] | None = None,
+        without: list[Address] | None = None,
         store: str | None = None,
     ) -> dict[str, Outcome]:
         changes = [*as_overrides(settings, block_of(name)), *as_overrides(execution, "execution"), *(overrides or ())]

@@ -57,6 +57,8 @@ _VARIABLE = re.compile(
 )
 _FORMS = ((_TOKEN, "an access token"), (_URL_PASSWORD, "a URL with a password"), (_WEB_USER, "a URL with a user or a token in front of its host"),
           (_URL_QUERY, "a URL with a signature or a token"), (_PRIVATE_KEY, "a private key"))  # fmt: skip
+SECRET_PATTERN = rf"{_TOKEN.pattern}|://[^\s/'\"]*:[^\s/'\"]*@|\bhttps?://[^\s/'\"@:]+@"
+"""A token or a URL with a password, for JSON schemas: no named groups."""
 T = TypeVar("T")
 _REMEMBERED: dict[str, str] = {}
 
