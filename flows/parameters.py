@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
@@ -71,7 +71,7 @@ def _optional_type(annotation: Any) -> Any:
         key, value = get_args(annotation)
         return dict[key, _optional_type(value)]
     if origin in (list, tuple, set, frozenset):
-        return origin[tuple(kind if kind is ... else _optional_type(kind) for kind in get_args(annotation))]
+        return GenericAlias(origin, tuple(kind if kind is ... else _optional_type(kind) for kind in get_args(annotation)))
     if origin in (Union, UnionType):
         return Union[tuple(_optional_type(kind) for kind in get_args(annotation))]  # noqa: UP007  (made at run time)
     return annotation

@@ -25,8 +25,9 @@ def recipe_file(tmp_path):
 def old_results(recipe_file, fakes, store):
     """Two mixtures, made long ago: the recipe as it is, and with an override; the second was run last."""
     made = [run_recipe(load_recipe(recipe_file, changes), store, Selection(until=("mix",)))["mix"].ref for changes in ([], ["mix.total=7"])]
+    then = time.time() - 60 * 86_400
     for path in [*store.root.rglob("*"), store.root]:
-        os.utime(path, (time.time() - 60 * 86_400,) * 2)
+        os.utime(path, (then, then))
     return made
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -260,3 +262,13 @@ def test_a_container_of_any_user_has_places_that_it_may_write_to():
     assert configuration.env["PREFECT_HOME"].startswith("/tmp/")
     assert configuration.env["USER"]
     assert configured("docker", env={"HOME": "/data/home"}).env["HOME"] == "/data/home"
+
+
+def test_the_settings_that_keep_the_password_out_of_a_job_are_those_of_prefect_kubernetes(monkeypatch):
+    settings = pytest.importorskip("prefect_kubernetes.settings")
+    named = re.findall(r"`(PREFECT_INTEGRATIONS_KUBERNETES_\w+)=([\w-]+)`", (Path(__file__).resolve().parents[2] / "README.md").read_text())
+    assert len(named) == 2
+    for name, value in named:
+        monkeypatch.setenv(name, value)
+    worker = settings.KubernetesSettings().worker
+    assert (worker.api_auth_string_secret_name, worker.api_auth_string_secret_key) == ("pesc-prefect", "auth")
