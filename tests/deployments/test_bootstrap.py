@@ -73,7 +73,7 @@ def test_the_second_run_changes_nothing_and_says_so(server):
         "cpu": [(1, "cpu/orchestrate"), (2, "cpu/default"), (3, "cpu/maintenance")],
         "gpu": [(1, "gpu/train"), (2, "gpu/default"), (3, "gpu/evaluate")],
     }
-    assert len(before["deployments"]) == 21
+    assert len(before["deployments"]) == 22
     assert "Nothing to change" in server.run(*BOOTSTRAP)
     assert everything(server) == before
     server.run(*BOOTSTRAP, "--check")  # exit code 0
@@ -267,7 +267,9 @@ def test_a_fleet_of_ones_own_needs_no_change_of_the_code(tmp_path):
         assert deployment(server, "train/gpu")["pull_steps"][0]["prefect.deployments.steps.set_working_directory"] == {
             "directory": "/opt/pesc"
         }
-        assert deployment(server, "train/cpu")["job_variables"] == {"env": {"PESC_STORE": "/data/store"}}
+        assert deployment(server, "train/cpu")["job_variables"] == {
+            "env": {"PESC_STORE": "/data/store", "PESC_REMOTE": "s3://bucket/store"}
+        }
         nightly = deployment(server, "pipeline/nightly")
         assert nightly["parameters"]["recipe"] == "/data/mine.yaml"
         assert [(schedule["slug"], schedule["active"], schedule["schedule"]["interval"]) for schedule in nightly["schedules"]] == [
