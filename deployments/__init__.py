@@ -30,12 +30,14 @@ Key contracts
   stored in the deployments; a worker then needs neither variable. In our image they are /opt/pesc and /store.
 - The server refuses parameters that a flow does not have, at every depth (`prefect deploy` leaves those of the top level to the worker).
 - Schedules have a slug, are inactive until somebody turns them on, and do not start while their last run goes on.
-- Secrets are in the environment of workers and server, or in the block of the notices; no file here and no job variable holds one.
+- Secrets are in the environment of workers and server, in Secret blocks, in Secrets of Kubernetes, or in the block of the notices; bootstrap refuses
+  a fleet file or a job variable that holds one.
 
 What has been tried, and what has not
 - Against real servers on SQLite and PostgreSQL, with process workers: bootstrap, schedules, refusals, notices, zombies, stopping.
 - docker: hadolint and Compose's own parser accept the files, and docker-py would send what it should; no image was built.
 - kubernetes: the Job that Prefect's worker makes is valid for Kubernetes 1.37; no cluster has seen it.
+- Remotes: directories and S3's protocol (moto's server). gs:// never: no Google bucket, nor anything that speaks its protocol, has seen it.
 - systemd: `systemd-analyze verify` accepts the units; they were not booted.
 
 Pitfalls

@@ -1,7 +1,8 @@
-"""What the server does by itself: a run whose process is gone is marked Crashed, and failures are told to somebody.
+"""What the server does by itself: a run whose process is gone, or that never began, is marked Crashed, and failures are told to somebody.
 
-The first is needed on every self-hosted server: a flow run whose machine dies stays Running for ever, and holds its slot of a queue with
-a limit.  The second exists where PESC_WEBHOOK_URL is set when bootstrap runs: the address is kept in a block, as a secret.
+The first is needed on every self-hosted server: a flow run whose machine dies stays Running for ever, or Pending when it dies before the
+run has begun, and holds its slot of a queue with a limit.  The second exists where PESC_WEBHOOK_URL is set when bootstrap runs: the
+address is kept in a block, as a secret.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import ClassVar
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-from deployments.fleet import BootstrapError
+from deployments.fleet import BootstrapError, Fleet
 from deployments.server import Json, Server, Thing
 
 ZOMBIES = "pesc: a run without a sign of life is Crashed"
+UNBEGUN = "pesc: a run that a worker took and that does not begin is Crashed"
 FAILURES = "pesc: tell of a run that failed or crashed"
 BLOCK = "pesc-notices"
 MISSED_HEARTBEATS = 3
@@ -32,9 +34,12 @@ does not let a run out of a final state.
 """
 
 
-def automation_things(heartbeat_seconds: int) -> list[Thing]:
+def automation_things(fleet: Fleet) -> list[Thing]:
     """The automations, and the block of the notices where an address is told."""
-    things: list[Thing] = [Automation(ZOMBIES, _fields(zombie_automation(heartbeat_seconds)))]
+    things: list[Thing] = [Automation(ZOMBIES, _fields(zombie_automation(fleet.heartbeat_seconds)))]
+    pools = sorted(name for name, pool in fleet.pools.items() if pool.type != "slurm")
+    if fleet.pending_seconds and pools:
+        things.append(Automation(UNBEGUN, _fields(unbegun_automation(fleet.pending_seconds, pools))))
     if url := os.environ.get("PESC_WEBHOOK_URL"):
         if not url.startswith(("http://", "https://")):
             raise BootstrapError("PESC_WEBHOOK_URL is no web address: it begins with https://.")
@@ -62,6 +67,31 @@ def zombie_automation(heartbeat_seconds: int) -> AutomationCore:
                 state="CRASHED",  # type: ignore[arg-type]
                 message=f"No sign of life for {within.total_seconds():.0f} s: the worker or its machine is gone. "
                 "Finished stages and checkpoints are kept: run it again to go on.",
+            )
+        ],
+    )
+
+
+def unbegun_automation(seconds: int, pools: list[str]) -> AutomationCore:
+    """A run of these pools that a worker has taken (Pending) comes to another state within this time; else Crashed."""
+    return AutomationCore(
+        name=UNBEGUN,
+        description="The worker that took it is gone, or cannot start it. A run in a queue of Slurm's is not meant.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+            match_related={"prefect.resource.role": "work-pool", "prefect.resource.name": pools},  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            after={"prefect.flow-run.Pending"},
+            expect={f"prefect.flow-run.{name}" for name in ("Running", "Retrying", "Cancelling", *WITHOUT_PROCESS)},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state="CRASHED",  # type: ignore[arg-type]
+                message=f"A worker took this run, and then it gave no sign of life for {seconds} s: the worker is gone, or its image or its machine "
+                "cannot be had. Look at the worker's log and run it again.",
             )
         ],
     )

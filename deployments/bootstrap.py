@@ -33,7 +33,7 @@ _SHOWN_DIFFERENCES = 4
 
 def wanted_things(fleet: Fleet) -> list[Thing]:
     """Everything, in the order in which it can be made.  Raises BootstrapError."""
-    return [*fleet_things(fleet), *declared_things(fleet), *automation_things(fleet.heartbeat_seconds)]
+    return [*fleet_things(fleet), *declared_things(fleet), *automation_things(fleet)]
 
 
 def check(server: Server, things: list[Thing]) -> bool:

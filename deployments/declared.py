@@ -20,9 +20,11 @@ from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.utilities.callables import parameter_schema
 from pydantic_core import to_jsonable_python
 
-from deployments.fleet import HERE, BootstrapError, Fleet, merged, places
+from deployments.fleet import HERE, BootstrapError, Fleet, merged, places, refuse_secrets
 from deployments.server import Difference, Json, Server, Thing, differences
 from pesc import __version__
+from pesc.errors import RemoteError
+from pesc.store.places import open_place
 
 PREFECT_FILE = HERE / "prefect.yaml"
 _PLACEHOLDER = re.compile(r"{{\s*\$(\w+)\s*}}")
@@ -35,13 +37,9 @@ def declared_things(fleet: Fleet) -> list[Thing]:
     """Every deployment of prefect.yaml, with the fleet's changes, each followed by its schedules.  Raises BootstrapError."""
     document = yaml.safe_load(PREFECT_FILE.read_text())
     entries = {_name_of(entry): entry for entry in document["deployments"]}
-    if unknown := sorted(set(fleet.deployments) - set(entries)):
-        raise BootstrapError(
-            f"The fleet changes {', '.join(unknown)}, which prefect.yaml does not have. It has {', '.join(sorted(entries))}."
-        )
     things: list[Thing] = []
-    for name, entry in entries.items():
-        changed = merged(entry, fleet.deployments.get(name, {}))
+    for name in [*entries, *(name for name in fleet.deployments if name not in entries)]:
+        changed = merged(*_below_and_above(name, entries, fleet.deployments.get(name, {})))
         pool_name = changed["work_pool"]["name"]
         if pool_name not in fleet.pools:
             raise BootstrapError(
@@ -49,12 +47,48 @@ def declared_things(fleet: Fleet) -> list[Thing]:
             )
         pool = fleet.pools[pool_name]
         environment = {**os.environ, **places(pool_name, pool), **pool.env}
-        entry_things = _entry_things(name, _filled(changed, environment, name), _filled(document["pull"], environment, name))
+        _check_remote(environment.get("PESC_REMOTE"), pool_name)
+        filled, pull_steps = _filled(changed, environment, name), _filled(document["pull"], environment, name)
+        refuse_secrets(filled, f"The deployment {name}: ")
+        entry_things = _entry_things(name, filled, pull_steps)
         if changed["work_pool"]["work_queue_name"] not in fleet.pools[pool_name].queues:
             queue = f"{pool_name}/{changed['work_pool']['work_queue_name']}"
             raise BootstrapError(f"The deployment {name} goes to the queue {queue}, which the fleet does not have.")
         things += entry_things
     return things
+
+
+def _below_and_above(name: str, entries: Mapping[str, Mapping[str, Any]], above: Mapping[str, Any]) -> tuple[Json, Json]:
+    """The entry of a deployment, or of the one that a new one is to be like, and the fleet's changes.  Raises BootstrapError."""
+    above, like = dict(above), above.get("like")
+    above.pop("like", None)
+    if name in entries:
+        if like is not None:
+            raise BootstrapError(
+                f"deployments.{name}.like: prefect.yaml has {name} itself. Leave `like` out, or give the new one another name."
+            )
+        return dict(entries[name]), above
+    if like is None:
+        raise BootstrapError(
+            f"The fleet changes {name}, which prefect.yaml does not have. It has {', '.join(sorted(entries))}. A new deployment says which of "
+            f"them it is like: {name}: {{like: train/gpu, work_pool: {{name: POOL, work_queue_name: QUEUE}}}}."
+        )
+    flow, _, own = name.partition("/")
+    if like not in entries or like.partition("/")[0] != flow or not own:
+        of_flow = [known for known in entries if known.partition("/")[0] == flow]
+        raise BootstrapError(
+            f"deployments.{name}.like is {like!r}, and has to be a deployment of the same flow: {', '.join(of_flow) or f'there is none of {flow!r}'}."
+        )
+    return {**{key: value for key, value in entries[like].items() if key != "schedules"}, "name": own}, above
+
+
+def _check_remote(url: str | None, pool: str) -> None:
+    """Raises BootstrapError for a remote that no run could open, or with a password in it: runs get it from their deployment."""
+    try:
+        if url:
+            open_place(url)
+    except RemoteError as error:
+        raise BootstrapError(f"PESC_REMOTE of the pool {pool}: {error}") from None
 
 
 def _name_of(entry: Mapping[str, Any]) -> str:

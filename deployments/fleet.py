@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pesc.errors import PescError
+from pesc.redaction import find_secret, find_secret_variable
 
 HERE = Path(__file__).resolve().parent
 PoolType = Literal["process", "docker", "kubernetes", "slurm"]
@@ -56,10 +57,18 @@ class Fleet(_Settings):
     """Everything around the deployments."""
 
     heartbeat_seconds: int = Field(180, ge=30, description="Time between a run's signs of life.")
+    pending_seconds: int | None = Field(
+        3600,
+        ge=60,
+        description="Time that a run may take to begin after a worker has taken it: images are pulled and nodes are found in it. "
+        "null: for ever, as in pools of the type slurm.",
+    )
     pools: dict[str, Pool]
     limits: dict[str, int] = Field(default_factory=dict, description="Global concurrency limits by name.")
     variables: dict[str, Any] = Field(default_factory=dict, description="Prefect variables by name.")
-    deployments: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Changes to entries of prefect.yaml, by FLOW/NAME.")
+    deployments: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Changes to entries of prefect.yaml, by FLOW/NAME; new ones with `like: FLOW/NAME`."
+    )
 
 
 def load_fleet(path: Path | None = None, pool_type: PoolType | None = None) -> Fleet:
@@ -74,12 +83,34 @@ def load_fleet(path: Path | None = None, pool_type: PoolType | None = None) -> F
         raise BootstrapError(
             f"{path or HERE / 'fleet.yaml'} is not a fleet: {faults}. deployments/fleet.yaml shows the settings."
         ) from None
+    refuse_secrets(document, "")
     for name, pool in fleet.pools.items():
         if len({queue.priority for queue in pool.queues.values()}) < len(pool.queues):
             raise BootstrapError(f"Two queues of the pool {name} have the same priority in {path}. Give each a number of its own.")
     if pool_type is None:
         return fleet
     return fleet.model_copy(update={"pools": {name: pool.model_copy(update={"type": pool_type}) for name, pool in fleet.pools.items()}})
+
+
+def refuse_secrets(document: Any, where: str) -> None:
+    """Raises BootstrapError naming the field that holds a token, a key or a password.  What bootstrap makes, everybody sees in the UI."""
+    for path, name, value in _texts(document, where, ""):
+        if kind := find_secret_variable(name, value) if name.isupper() else find_secret(value):
+            raise BootstrapError(
+                f"{path} holds {kind}, which everybody who can see the UI would see. Take it out: README (Tokens) says where a run finds it."
+            )
+
+
+def _texts(value: Any, path: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """Every text in a document, with the way to it and the name that it has there."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, f"{path}.{key}" if path and not path.endswith(" ") else f"{path}{key}", str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{path}[{number}]", name)
+    elif isinstance(value, str):
+        yield path, name, value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ differs, and make it so; a field that is as it should be is never written.
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from typing import Any, ClassVar
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 from pydantic_core import to_jsonable_python
 
 from deployments.fleet import BootstrapError
+from pesc.redaction import redact
 
 Json = dict[str, Any]
 _SHOWN_CHARACTERS = 80
@@ -87,14 +88,14 @@ def _refused(path: str, error: PrefectHTTPStatusError) -> BootstrapError:
 
 @contextmanager
 def connected() -> Iterator[Server]:
-    """The server of this environment.  Raises BootstrapError if PREFECT_API_URL is not set or nobody answers there."""
-    url = os.environ.get("PREFECT_API_URL")
+    """The server of this environment, or of the Prefect profile.  Raises BootstrapError if none is told or nobody answers there."""
+    url = PREFECT_API_URL.value()
     if not url:
         raise BootstrapError(
             "PREFECT_API_URL is not set. Start a server (prefect server start) and export PREFECT_API_URL=http://HOST:4200/api; "
             "a temporary server would forget everything."
         )
-    with SyncPrefectClient(url, auth_string=os.environ.get("PREFECT_API_AUTH_STRING") or None) as client:
+    with SyncPrefectClient(url, auth_string=PREFECT_API_AUTH_STRING.value() or None) as client:
         server = Server(client, url)
         if server.get("admin/version") is None:
             raise BootstrapError(f"What answers at {url} is no Prefect API: the URL of a server ends with /api.")
@@ -116,7 +117,7 @@ class Difference:
 def _shown(value: Any) -> str:
     if value is ABSENT:
         return "absent"
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = redact(json.dumps(value, ensure_ascii=False, sort_keys=True))
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 

@@ -50,7 +50,8 @@ def open_store(path: str | None) -> Store:
     root = Path(path) if path else store_root()
     if "{{" in str(root):
         raise RecipeError(
-            "PESC_STORE was not set when this deployment was made. Set PESC_HOME and PESC_STORE and deploy again, or give store=DIR."
+            "PESC_STORE was not set when this deployment was made. Set PESC_HOME and PESC_STORE and run "
+            "`python -m deployments.bootstrap` again, or give store=DIR."
         )
     return Store(root)
 

@@ -96,9 +96,9 @@ class Pickup:
         self._wait = min(2 * self._wait, self.LONGEST_SECONDS)
         self._next = self._clock() + self._wait
         pool, queue = run.work_pool_name, run.work_queue_name
-        start = f"Start one: prefect worker start --pool {pool}"
+        start = f"Start one: python -m deployments.worker --pool {pool}"
         if pool is None:
-            cause = "its deployment has no work pool. Deploy it again with one"
+            cause = "its deployment has no work pool. `python -m deployments.bootstrap` gives it one"
         elif (status := client.read_work_pool(pool).status) == WorkPoolStatus.PAUSED:
             cause = f"the work pool {pool!r} is paused. Let it go on: prefect work-pool resume {pool}"
         elif status == WorkPoolStatus.NOT_READY:

@@ -42,7 +42,7 @@ from flows.chain import CHILD_TAG
 from flows.children import Pickup, cancel, cancel_children, children_of, error_of
 from pesc.build import Job, OpenShards, Outcome
 from pesc.errors import InterruptedStageError, PescError, RecipeError, StoreError, WorkerLostError
-from pesc.pipeline import Node, build_graph
+from pesc.pipeline import Node, build_graph, stage_named
 from pesc.plan import Plan
 from pesc.stage import Progress
 from pesc.store import Manifest, Store
@@ -56,6 +56,9 @@ FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.5, 5.0
 """Between two looks at a child: soon at first, for short stages."""
 SERVER_SECONDS = 2.0
 """Between two tries to reach a server that does not answer."""
+Place = tuple[str | None, str | None]
+"""Work pool and queue."""
+ADVICE = "Start the deployment pipeline/dispatched, with the same parameters, in place of this one: its queue is for runs that wait."
 VISIBLE_SECONDS = 30.0
 """How long a result of another machine may take to be seen here: a network file system remembers for a while that something was not there."""
 
@@ -71,21 +74,39 @@ class Dispatched:
         self._starting, self._stopped = threading.Lock(), threading.Event()
         self._children: set[str] = set()
         self._nodes: Mapping[str, Node] = {}
+        self._recipe = ""
 
     def prepare(self, plan: Plan) -> None:
-        """Raises RecipeError when a deployment that will be needed is not there."""
+        """Raises RecipeError when a deployment that will be needed is not there, or this run would be in its way."""
         if (flow_run.get_run_count() or 1) > 1:  # Prefect's Retry: the children of the first time are ours as well
             parent = UUID(flow_run.get_id())
             self._children |= {str(child.id) for child in self._ask(lambda client: children_of(client, parent))}
-        self._nodes = build_graph(plan.recipe).by_address
+        self._nodes, self._recipe = build_graph(plan.recipe).by_address, plan.recipe.name
         needed = dict.fromkeys(self._deployments[a.node.stage.name] for a in plan if a.status == "RUN")
-        missing = [name for name in needed if not self._ask(lambda client, name=name: _exists(client, name))]
-        if missing:
+        places = {name: self._ask(lambda client, name=name: _place_of(client, name)) for name in needed}
+        self._check_place({name: place for name, place in places.items() if place})
+        if missing := [name for name, place in places.items() if place is None]:
             raise RecipeError(
                 f"The Prefect server at {PREFECT_API_URL.value()} has no deployment {', '.join(missing)}, which would build a part of "
-                f"{plan.recipe.name}. Deploy with `prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml`, or name others "
+                f"{plan.recipe.name}. Make them with `python -m deployments.bootstrap`, or name others "
                 "with the parameter `deployments`."
             )
+
+    def _check_place(self, places: Mapping[str, Place]) -> None:
+        """Raises RecipeError when this run would hold a GPU while it waits; warns when its children need the same slots as it."""
+        mine: Place = self._ask(lambda client: _own_place(client, UUID(flow_run.get_id())))
+        if mine[0] is None:  # started by hand, not by a worker
+            return
+        on_gpu = {name for stage, name in self._deployments.items() if stage_named(stage).wants_gpu and not name.endswith("/cpu")}
+        if there := [name for name, place in places.items() if name in on_gpu and place[0] == mine[0]]:
+            raise RecipeError(
+                f"This run waits for others and would hold a worker of the pool {mine[0]!r} meanwhile, where {', '.join(there)} is to run: {ADVICE}"
+            )
+        if there := [name for name, place in places.items() if place == mine]:
+            get_run_logger().warning(
+                "This run and %s share the queue %s/%s: where its worker or the queue has a limit, they may wait for one another for ever. %s",
+                ", ".join(there), *mine, ADVICE,
+            )  # fmt: skip
 
     def build(self, store: Store, job: Job, _on_progress: Callable[[Progress], None], _shards: OpenShards) -> Outcome:
         """Start a child for the job, wait for it, and open its result.  What interrupts that ends the child."""
@@ -133,7 +154,8 @@ class Dispatched:
         node = self._nodes[job.address]
         holes = [address for input_name, address in node.inputs.items() if input_name not in job.inputs]
         parameters = {**self._given, "instance": node.instance or None, "refresh": job.refresh, "without": holes or None}
-        tags = [CHILD_TAG, *(tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS)]
+        own = [CHILD_TAG, f"recipe:{self._recipe}"]  # the second is how the UI finds everything of a recipe
+        tags = list(dict.fromkeys([*own, *(tag for tag in flow_run.get_tags() if tag not in ROLE_TAGS)]))
         key = f"{context.task_run.id}-{context.task_run.run_count}" if context else None  # of this try: what was sent twice starts once
 
         def start(_client: SyncPrefectClient) -> FlowRun:
@@ -227,9 +249,15 @@ def _refuse_other_result(store: Store, job: Job, child: FlowRun) -> None:
         )
 
 
-def _exists(client: SyncPrefectClient, deployment: str) -> bool:
+def _place_of(client: SyncPrefectClient, deployment: str) -> Place | None:
+    """Pool and queue of a deployment; None when there is no such deployment."""
     try:
-        client.read_deployment_by_name(deployment)
+        found = client.read_deployment_by_name(deployment)
     except ObjectNotFound:
-        return False
-    return True
+        return None
+    return found.work_pool_name, found.work_queue_name
+
+
+def _own_place(client: SyncPrefectClient, run: UUID) -> Place:
+    found = client.read_flow_run(run)
+    return found.work_pool_name, found.work_queue_name

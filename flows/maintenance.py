@@ -2,7 +2,7 @@
 
 The first two report; they change something only when asked.
 
-prefect deployment run gc/cpu --param 'keep_recipes=["demo"]'
+prefect deployment run gc/cpu --param 'keep_recipes=["demo", "/data/ours.yaml train.seed=3"]'
 prefect deployment run fsck/cpu --param repair=true
 prefect deployment run push/cpu --param 'what=["demo"]'
 """
@@ -15,10 +15,10 @@ from prefect import flow, get_run_logger
 
 from flows.chain import open_store
 from flows.hooks import HOOKS
+from flows.parameters import Text
 from pesc import mirror
+from pesc.collect import collect
 from pesc.errors import StoreError
-from pesc.plan import make_plan
-from pesc.recipe import load_recipe
 from pesc.settings import remote_url
 from pesc.store import Store, maintenance
 from tasks.execution import library_records
@@ -27,22 +27,21 @@ from tasks.reporting import publish_note
 
 @flow(name="gc", flow_run_name="gc delete={delete}", persist_result=False, **HOOKS)
 def gc(
-    keep_recipes: list[str] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
+    keep_recipes: list[Text] | None = None, keep_days: float = 30.0, delete: bool = False, store: str | None = None
 ) -> maintenance.GcReport:
     """Find results that nothing needs. A dry run unless `delete` is given.
 
     Args:
-        keep_recipes: Keep what the plans of these recipes hit.
+        keep_recipes: Keep what these recipes hit, each a name or a path with its overrides: demo train.seed=3. Default: all that ship, and what the last run
+            of each recipe used.
         keep_days: Keep what was made or used in the last N days.
         delete: Remove it. Without it, only say what would go.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    place = open_store(store)
     with library_records():
-        plans = [make_plan(load_recipe(name), place) for name in keep_recipes or ()]
-        keep = [(a.node.stage.name, a.fingerprint) for plan in plans for a in plan if a.status == "HIT" and a.fingerprint]
-        report = maintenance.gc(place, keep, keep_days, delete)
-        lines = [str(path.relative_to(place.root)) for path in (*report.actions, *report.objects, *report.workspaces)]
+        place = open_store(store)
+        report = collect(place, keep_recipes, keep_days, delete)
+        lines = [str(path.relative_to(place.root)) for _, path in report.by_kind]
         verb = "Freed" if delete else "Would free"
         summary = f"{verb} {report.freed_bytes / 1e6:.1f} MB in {len(lines)} places; {report.kept_actions} actions kept"
         get_run_logger().info("%s.", summary)
@@ -71,7 +70,9 @@ def fsck(repair: bool = False, store: str | None = None) -> maintenance.FsckRepo
 
 
 @flow(name="push", persist_result=False, **HOOKS)
-def push(what: list[str] | None = None, remote: str | None = None, dry_run: bool = False, store: str | None = None) -> mirror.MirrorReport:
+def push(
+    what: list[Text] | None = None, remote: Text | None = None, dry_run: bool = False, store: str | None = None
+) -> mirror.MirrorReport:
     """Give the remote what it lacks of the store: files first, manifests last. Interrupted runs go on where they were.
 
     Args:
@@ -80,8 +81,8 @@ def push(what: list[str] | None = None, remote: str | None = None, dry_run: bool
         dry_run: Only say how many files and bytes would be sent.
         store: Directory of the store. Default: PESC_STORE of the worker, else ./store.
     """
-    place = Store(open_store(store).root, remote=remote or remote_url())
     with library_records():
+        place = Store(open_store(store).root, remote=remote or remote_url())
         report = mirror.push(place, mirror.chosen(place, what or ()), dry_run)
         summary = report.summary("Would send" if dry_run else "Sent")
         get_run_logger().info("%s", summary)

@@ -21,7 +21,8 @@ LENGTH = 8
 def run_digest(flow: str, given: Mapping[str, Any]) -> str:
     """Of a stage's flow that is asked for one action: its fingerprint, where its inputs are there. Of the pipeline: of all its settings.
 
-    "" where neither is known, and for parameters that cannot be used: the run itself says what is wrong with them.
+    A name asks no network: an input that only a remote has counts as unknown. "" where neither is known, and for parameters that
+    cannot be used: the run itself says what is wrong with them.
     """
     try:
         if flow == "pipeline":
@@ -29,10 +30,14 @@ def run_digest(flow: str, given: Mapping[str, Any]) -> str:
             return digest_json(recipe.model_dump(mode="json", exclude={"execution"}))[:LENGTH]
         changes = [*as_overrides(given.get("settings"), block_of(flow)), *(given.get("overrides") or ())]
         pattern = f"{flow}[{given['instance']}]" if given.get("instance") else flow
-        return _fingerprint(load_recipe(given["recipe"], changes), pattern, Store(given.get("store") or store_root()))[:LENGTH]
+        return _fingerprint(load_recipe(given["recipe"], changes), pattern, _place(given))[:LENGTH]
     except Exception as error:
         logger.debug("The run has no digest in its name: %s", error)
         return ""
+
+
+def _place(given: Mapping[str, Any]) -> Store:
+    return Store(given.get("store") or store_root(), remote=None)
 
 
 def _fingerprint(recipe: Recipe, pattern: str, store: Store) -> str:

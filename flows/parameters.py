@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
@@ -17,12 +17,17 @@ from pydantic.fields import FieldInfo
 
 from pesc.pipeline import STAGE_NAMES, stage_named
 from pesc.recipe import Recipe
+from pesc.redaction import SECRET_PATTERN
 from pesc.stage import Execution
 
-NO_SECRET: dict[str, Any] = {"not": {"type": "string", "pattern": r"://[^\s/@]*:[^\s/@]*@|\bhf_[A-Za-z0-9]{20}"}}
-"""For the server, which keeps a run's parameters: it refuses a URL with a password and a token of the hub before it has stored them."""
-Override = Annotated[str, Field(json_schema_extra=NO_SECRET)]
+NO_SECRET: dict[str, Any] = {"not": {"type": "string", "pattern": SECRET_PATTERN}}
+"""For the server, which keeps a run's parameters: it refuses a URL with a password and a token before it has stored them."""
+Text = Annotated[str, Field(json_schema_extra=NO_SECRET)]
+"""Any text but a secret."""
+Override = Text
 """KEY=VALUE."""
+Address = Annotated[str, Field(json_schema_extra={**NO_SECRET, "pattern": rf"^\s*({'|'.join(STAGE_NAMES)})(\[[^\[\]]+\])?\s*$"})]
+"""STAGE, STAGE[ARM] or evaluate[ARM/BENCHMARK].  The server refuses another one when a run is asked for; elsewhere the run says what there is."""
 
 
 @cache
@@ -59,10 +64,14 @@ def _first_line(model: type[BaseModel]) -> str:
 def _optional_type(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return optional_settings(annotation)
+    if annotation is str:  # the field's own says so too; this is for items of lists and maps
+        return Text
     origin = get_origin(annotation)
     if origin is dict:
         key, value = get_args(annotation)
         return dict[key, _optional_type(value)]
+    if origin in (list, tuple, set, frozenset):
+        return GenericAlias(origin, tuple(kind if kind is ... else _optional_type(kind) for kind in get_args(annotation)))
     if origin in (Union, UnionType):
         return Union[tuple(_optional_type(kind) for kind in get_args(annotation))]  # noqa: UP007  (made at run time)
     return annotation

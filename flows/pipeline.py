@@ -14,22 +14,23 @@ from prefect import flow
 from flows.chain import open_store, run_chain, run_name
 from flows.dispatch import Dispatched
 from flows.hooks import HOOKS
-from flows.parameters import Override, RecipeSettings, StageDeployments, as_overrides, chosen_deployments
+from flows.parameters import Address, Override, RecipeSettings, StageDeployments, Text, as_overrides, chosen_deployments
 from pesc.build import Outcome
 from pesc.plan import Selection
 from pesc.recipe import load_recipe
+from tasks.execution import library_records
 from tasks.runner import Inline
 
 
 @flow(name="pipeline", flow_run_name=run_name, persist_result=False, **HOOKS)
 def pipeline(
-    recipe: str = "demo",
+    recipe: Text = "demo",
     settings: RecipeSettings | None = None,  # type: ignore[valid-type]
     overrides: list[Override] | None = None,
-    only: list[str] | None = None,
-    start: list[str] | None = None,
-    until: list[str] | None = None,
-    refresh: list[str] | None = None,
+    only: list[Address] | None = None,
+    start: list[Address] | None = None,
+    until: list[Address] | None = None,
+    refresh: list[Address] | None = None,
     dispatch: bool = False,
     deployments: StageDeployments | None = None,  # type: ignore[valid-type]
     store: str | None = None,
@@ -51,7 +52,8 @@ def pipeline(
     changes = [*as_overrides(settings), *(overrides or ())]
     selection = Selection(tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(refresh or ()))
     runner = Dispatched(recipe, changes, store, chosen_deployments(deployments)) if dispatch else Inline()
-    return run_chain(load_recipe(recipe, changes), open_store(store), selection, runner)
+    with library_records():
+        return run_chain(load_recipe(recipe, changes), open_store(store), selection, runner)
 
 
 if __name__ == "__main__":

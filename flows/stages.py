@@ -10,13 +10,14 @@ from prefect import Flow
 
 from flows.chain import open_store, run_chain, run_name
 from flows.hooks import HOOKS
-from flows.parameters import ExecutionSettings, Override, as_overrides, block_of, deployment_name, stage_settings
+from flows.parameters import Address, ExecutionSettings, Override, Text, as_overrides, block_of, deployment_name, stage_settings
 from pesc.build import Outcome
 from pesc.errors import RecipeError
 from pesc.pipeline import build_graph, stage_named
 from pesc.plan import Selection, make_plan
 from pesc.recipe import Recipe, load_recipe
 from pesc.store import Store
+from tasks.execution import library_records
 
 
 def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
@@ -24,25 +25,26 @@ def stage_flow(name: str) -> Flow[..., dict[str, Outcome]]:
     stage, settings_type = stage_named(name), stage_settings(name)
 
     def run_stage(
-        recipe: str = "demo",
-        instance: str | None = None,
+        recipe: Text = "demo",
+        instance: Text | None = None,
         settings: settings_type = None,  # type: ignore[valid-type]
         execution: ExecutionSettings | None = None,  # type: ignore[valid-type]
         overrides: list[Override] | None = None,
         refresh: bool = False,
         build_missing: bool = False,
-        without: list[str] | None = None,
+        without: list[Address] | None = None,
         store: str | None = None,
     ) -> dict[str, Outcome]:
         changes = [*as_overrides(settings, block_of(name)), *as_overrides(execution, "execution"), *(overrides or ())]
-        loaded, place = load_recipe(recipe, changes), open_store(store)
         pattern = f"{name}[{instance}]" if instance else name
         refreshed = (pattern,) if refresh else ()
-        if build_missing:
-            return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed, without=tuple(without or ())))
-        selection = Selection(only=(pattern,), refresh=refreshed, without=tuple(without or ()))
-        require_inputs(loaded, place, selection)
-        return run_chain(loaded, place, selection)
+        with library_records():  # the remote is asked what is there, perhaps with the keys of a Secret block
+            loaded, place = load_recipe(recipe, changes), open_store(store)
+            if build_missing:
+                return run_chain(loaded, place, Selection(until=(pattern,), refresh=refreshed, without=tuple(without or ())))
+            selection = Selection(only=(pattern,), refresh=refreshed, without=tuple(without or ()))
+            require_inputs(loaded, place, selection)
+            return run_chain(loaded, place, selection)
 
     run_stage.__name__ = run_stage.__qualname__ = name
     run_stage.__doc__ = f"""Run the stage `{name}` of a recipe: {stage.summary}.

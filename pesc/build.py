@@ -141,6 +141,8 @@ def _alone(store: Store, stage: Stage, job: Job, on_progress: ProgressCallback) 
 def _build(store: Store, stage: Stage, job: Job, workspace: Workspace, on_progress: ProgressCallback, open_shards: OpenShards) -> Manifest:
     """Build in the workspace and publish the object; the manifest, which is yet to be committed."""
     inputs = {name: store.open(ref, _as_progress(on_progress)) for name, ref in job.inputs.items()}
+    for ref in job.inputs.values():
+        store.note_use(ref)
     began, started = datetime.now(UTC), time.monotonic()
     with open_shards(job.execution, job.address) as map_shards, EnergyMeter() if stage.wants_gpu else nullcontext() as meter:
         result = call_builder(stage, _context(job, inputs, workspace.root, on_progress, map_shards))

@@ -286,22 +286,25 @@ def fsck(
 
 @app.command()
 def gc(
-    keep_recipe: Annotated[list[str] | None, typer.Option("--keep-recipe", help="Keep what this recipe's plan hits.")] = None,
+    keep_recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-recipe",
+            help="Keep what this recipe hits; with overrides: 'demo train.seed=3'. Default: all that ship, and each one's last run.",
+        ),
+    ] = None,
     keep_days: Annotated[float, typer.Option(min=0, help="Keep what was made or used in the last N days.")] = 30.0,
     delete: Annotated[bool, typer.Option("--delete", help="Remove. Without it, only say what would go.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Find results that nothing needs.  A dry run unless --delete is given."""
-    from pesc.store.maintenance import gc as collect
+    from pesc.collect import collect
 
     place = _store(store)
-    plans = [make_plan(load_recipe(name), place) for name in keep_recipe or ()]
-    keep = [(a.node.stage.name, a.fingerprint) for p in plans for a in p if a.status == "HIT" and a.fingerprint]
-    report = collect(place, keep, keep_days, delete)
-    for kind, paths in (("action", report.actions), ("object", report.objects), ("workspace", report.workspaces)):
-        for path in paths:
-            print(f"{'removed' if delete else 'would remove'} {kind} {path.relative_to(place.root)}")
-    total = len(report.actions) + len(report.objects) + len(report.workspaces)
+    report = collect(place, keep_recipe or None, keep_days, delete)
+    for kind, path in report.by_kind:
+        print(f"{'removed' if delete else 'would remove'} {kind} {path.relative_to(place.root)}")
+    total = len(report.by_kind)
     verb = "Freed" if delete else "Would free"
     print(f"{verb} {report.freed_bytes / 1e6:.1f} MB in {total} places; {report.kept_actions} actions kept.")
     if total and not delete:

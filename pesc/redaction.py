@@ -57,6 +57,8 @@ _VARIABLE = re.compile(
 )
 _FORMS = ((_TOKEN, "an access token"), (_URL_PASSWORD, "a URL with a password"), (_WEB_USER, "a URL with a user or a token in front of its host"),
           (_URL_QUERY, "a URL with a signature or a token"), (_PRIVATE_KEY, "a private key"))  # fmt: skip
+SECRET_PATTERN = rf"{_TOKEN.pattern}|://[^\s/'\"]*:[^\s/'\"]*@|\bhttps?://[^\s/'\"@:]+@"
+"""A token or a URL with a password, for JSON schemas: no named groups."""
 T = TypeVar("T")
 _REMEMBERED: dict[str, str] = {}
 
@@ -119,6 +121,11 @@ def find_secret(text: str) -> str | None:
     return None
 
 
+def find_secret_variable(name: str, value: str) -> str | None:
+    """The same for the value of an environment variable, which may also be named like a secret."""
+    return find_secret(value) or (f"a value that is named like a secret ({name})" if _secrets_of(name.upper(), value) else None)
+
+
 class RedactingFilter(logging.Filter):
     """For handlers: redacts the message and the traceback of every record that passes."""
 
@@ -170,6 +177,8 @@ def _iter_secrets(name: str, value: str) -> Iterator[str]:
                 yield password
                 yield unquote(password)
     words = name.split("_")
+    if words[-2:] == ["WEBHOOK", "URL"] and value.strip():  # who has it can write to the channel
+        yield value.strip()
     named = bool(_SECRET_WORDS & set(words)) or any(pair in _SECRET_PAIRS for pair in pairwise(words))
     is_path = value.startswith("/") and os.path.exists(value)
     if not named or words[-1] in _NO_SECRET_ENDINGS or is_path or not value.strip():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pesc.errors import StoreError
 from pesc.store.digest import FileEntry, digest_file, list_files
-from pesc.store.disk import write_atomic
+from pesc.store.disk import take_lock, write_atomic
 
 STORE_FORMAT = 2
 FORMAT_NAME = "format"
@@ -81,7 +81,7 @@ def _lock(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / f".{FORMAT_NAME}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, fcntl.LOCK_EX, root)
         yield
     finally:
         os.close(descriptor)

@@ -29,10 +29,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pesc.errors import RemoteError
+from pesc.store.machine import is_alive, machine
 from pesc.store.patience import Patience
 from pesc.store.remote import Remote
 
@@ -158,27 +158,12 @@ def _renew(remote: Remote, name: str, mine: dict[str, Any], ended: threading.Eve
 
 def _signature() -> dict[str, Any]:
     """Who this process is; `machine` differs between machines, boots and containers."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "token": secrets.token_hex(8)}
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine(), "token": secrets.token_hex(8)}
 
 
 def _ended_here(held: dict[str, Any]) -> bool:
-    if not held.get("machine") or held["machine"] != _machine() or not isinstance(held.get("pid"), int):
-        return False
-    try:
-        os.kill(held["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    is_of_here = bool(held.get("machine")) and held["machine"] == machine() and isinstance(held.get("pid"), int)
+    return is_of_here and not is_alive(held["pid"])
 
 
 def _parse(data: bytes | None) -> dict[str, Any] | None:

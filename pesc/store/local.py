@@ -82,6 +82,11 @@ class LocalStore:
             )
         return self.object_path(ref.digest)
 
+    def note_use(self, ref: ArtifactRef) -> None:
+        """Remember that an action is read now, for `gc`: by the time of its folder, for its manifest's says when it was made."""
+        with contextlib.suppress(OSError):  # a store that may only be read
+            os.utime(self.action_path(ref.stage, ref.fingerprint))
+
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
         """Every readable manifest, newest first."""
         self.check()

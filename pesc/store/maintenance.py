@@ -99,6 +99,10 @@ def _set_aside(store: LocalStore, path: Path, report: FsckReport) -> None:
     report.repaired.append(f"{path} moved to {target}")
 
 
+_YOUNG_SECONDS = 3600.0
+_Manifests = dict[tuple[str, str], Manifest]
+
+
 @dataclass
 class GcReport:
     """What `gc` would remove, or has removed."""
@@ -106,8 +110,15 @@ class GcReport:
     actions: list[Path] = field(default_factory=list)
     objects: list[Path] = field(default_factory=list)
     workspaces: list[Path] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
     freed_bytes: int = 0
     kept_actions: int = 0
+
+    @property
+    def by_kind(self) -> list[tuple[str, Path]]:
+        """Each place with what it is."""
+        kinds = {"action": self.actions, "object": self.objects, "workspace": self.workspaces, "damaged thing": self.damaged}
+        return [(kind, path) for kind, paths in kinds.items() for path in paths]
 
 
 def gc(store: LocalStore, keep: Iterable[tuple[str, str]], keep_days: float, delete: bool = False) -> GcReport:
@@ -115,31 +126,71 @@ def gc(store: LocalStore, keep: Iterable[tuple[str, str]], keep_days: float, del
 
     Objects go when no kept action names them; workspaces go when they are idle for as long and nobody holds them. Whatever a
     kept action was made from is kept as well. Removal goes actions first, so that a crash leaves no action without its object.
-    An object younger than `keep_days` stays: its action may be about to be committed. Files hard-linked from a kept object free no bytes and are not counted.
+    An object younger than `keep_days`, or than an hour, stays: its action may be about to be committed. What was made or used while this looked around
+    stays too. Of what `fsck` has set aside, what lies there for `keep_days` goes. Files hard-linked from a kept object free no bytes and are not counted.
     Raises StoreError when a manifest cannot be read: nobody knows what it needs.
     """
-    cutoff = time.time() - keep_days * 86_400
+    now = time.time()
+    cutoff = now - keep_days * 86_400
+    young = min(cutoff, now - _YOUNG_SECONDS)
     roots = set(keep) | _recent_actions(store, cutoff)
     places = _folders(store, "actions")
-    manifests = {key: m for path in places if (m := store.manifest(*(key := (path.parent.name, path.name))))}
-    kept = _with_inputs(roots & set(manifests), manifests)
+    manifests, kept = _kept(store, places, roots)
     report = GcReport(kept_actions=len(kept))
     report.actions = [store.action_path(*key) for key in manifests if key not in kept]
     digests = {manifests[key].output.digest for key in kept}
-    report.objects = [p for p in sorted(store.root.glob("objects/*")) if p.name not in digests and p.stat().st_mtime <= cutoff]
+    report.objects = [p for p in sorted(store.root.glob("objects/*")) if p.name not in digests and p.stat().st_mtime <= young]
     unfinished = [p for p in places if (p.parent.name, p.name) not in manifests]
     idle = [p for p in unfinished if not is_locked(store.workspace_path(p.parent.name, p.name))]
     report.actions += [p for p in idle if _last_change(p) <= cutoff]
     report.workspaces = [p for p in _folders(store, "work") if _last_change(p) <= cutoff and not is_locked(p)]
-    doomed = [*report.actions, *report.objects, *report.workspaces]
-    report.freed_bytes = sum(_unshared_bytes(p) for p in doomed)
+    report.damaged = [p for p in sorted(store.root.glob("damaged/*")) if _set_aside_at(p) <= cutoff]
+    report.freed_bytes = sum(_unshared_bytes(path) for _, path in report.by_kind)
     if delete:
-        for path in (*report.actions, *report.objects):
-            shutil.rmtree(path)
-        for path in report.workspaces:
-            with contextlib.suppress(StoreBusyError), locked_workspace(path, path.parent.name) as workspace:
-                workspace.discard()
+        _spare(store, report, roots | _recent_actions(store, cutoff), young)
+        _remove(report)
     return report
+
+
+def _kept(store: LocalStore, places: list[Path], roots: set[tuple[str, str]]) -> tuple[_Manifests, set[tuple[str, str]]]:
+    """Every manifest, and which of them are needed."""
+    manifests = {key: m for path in places if (m := store.manifest(*(key := (path.parent.name, path.name))))}
+    return manifests, _with_inputs(roots & set(manifests), manifests)
+
+
+def _spare(store: LocalStore, report: GcReport, roots: set[tuple[str, str]], young: float) -> None:
+    """Take out of the report what has come into use while it was made, which takes minutes in a large store."""
+    manifests, kept = _kept(store, _folders(store, "actions"), roots)
+    digests = {manifests[key].output.digest for key in kept}
+    report.actions = [p for p in report.actions if (p.parent.name, p.name) not in kept]
+    report.objects = [p for p in report.objects if p.name not in digests and p.stat().st_mtime <= young]
+
+
+def _remove(report: GcReport) -> None:
+    for path in (*report.actions, *report.objects, *report.damaged):
+        shutil.rmtree(path)
+    for path in report.workspaces:
+        with contextlib.suppress(StoreBusyError), locked_workspace(path, path.parent.name) as workspace:
+            workspace.discard()
+
+
+def _set_aside_at(path: Path) -> float:
+    """When `fsck` has set it aside: its name begins with that."""
+    number = path.name.partition("-")[0]
+    return int(number) / 1e9 if number.isdigit() else path.stat().st_mtime
+
+
+def last_used(store: LocalStore) -> set[tuple[str, str]]:
+    """Stage and fingerprint of the actions that the last run of each recipe used."""
+    newest = {path.parent: path for path in sorted(store.root.glob("runs/*/*.json"))}
+    return {action for path in newest.values() for action in _used_by(path)}
+
+
+def _used_by(path: Path) -> set[tuple[str, str]]:
+    try:
+        return {(address.partition("[")[0], fp) for address, fp in json.loads(path.read_bytes()).items()}
+    except (ValueError, AttributeError):
+        raise StoreError(f"{path}, which says what a run used, cannot be read. Remove it if nothing needs that run.") from None
 
 
 def _folders(store: LocalStore, kind: str) -> list[Path]:
@@ -152,14 +203,13 @@ def _last_change(path: Path) -> float:
 
 
 def _recent_actions(store: LocalStore, cutoff: float) -> set[tuple[str, str]]:
-    recent = {(p.parent.parent.name, p.parent.name) for p in store.root.glob("actions/*/*/manifest.json") if p.stat().st_mtime > cutoff}
+    manifests = store.root.glob(f"actions/*/*/{MANIFEST_NAME}")
+    recent = {
+        (p.parent.parent.name, p.parent.name) for p in manifests if max(p.stat().st_mtime, p.parent.stat().st_mtime) > cutoff
+    }  # the folder's time: when it was last an input
     for path in store.root.glob("runs/*/*.json"):
         if path.stat().st_mtime > cutoff:
-            try:
-                used = json.loads(path.read_bytes())
-                recent |= {(address.partition("[")[0], fp) for address, fp in used.items()}
-            except (ValueError, AttributeError):
-                raise StoreError(f"{path}, which says what a run used, cannot be read. Remove it if nothing needs that run.") from None
+            recent |= _used_by(path)
     return recent
 
 

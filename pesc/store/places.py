@@ -14,11 +14,10 @@ Pitfall: a server that speaks S3 but ignores `If-None-Match` tells two writers T
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import random
-import re
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 
 from pesc.errors import PescError, RemoteError, TransientRemoteError
 from pesc.store.driver_errors import DRIVERS, explain, http_of
+from pesc.store.machine import is_alive, machine, machine_mark
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,6 +36,7 @@ OnBytes = Callable[[int], None]
 
 TRIES = 5
 FIRST_WAIT_SECONDS = 0.5
+_LEFT_SECONDS = 7 * 86_400
 _PART = 16 << 20
 _BLOCK = 1 << 20  # much larger ones are slower: each is memory that the kernel has to clear
 
@@ -202,15 +203,17 @@ class DirectoryPlace(Place):
 
     @contextlib.contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[Path, Path]]:
-        """The place of a name and a temporary file beside it, which is gone afterwards; so are those that a killed process has left."""
+        """The place of a name and a temporary file beside it, which is gone afterwards; so are those that a killed process has left.
+
+        Whether a process lives is known of this machine alone; what others have left goes when it is a week old.
+        """
         self._must_be_there()
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        stem = f".{target.name}.{socket.gethostname()}."
-        for left in target.parent.glob(f"{stem}*"):
-            if (found := re.match(r"(\d+)\.", left.name.removeprefix(stem))) and not _is_alive(int(found[1])):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+            if _is_left(left.name.removeprefix(f".{target.name}."), left):
                 left.unlink(missing_ok=True)
-        temporary = target.with_name(f"{stem}{os.getpid()}.{random.getrandbits(32):x}")
+        temporary = target.with_name(f".{target.name}.{machine_mark()}.{os.getpid()}.{random.getrandbits(32):x}")
         try:
             yield target, temporary
         finally:
@@ -324,14 +327,16 @@ def open_place(url: str) -> Place:
     return BucketPlace(url.rstrip("/"), {"config_kwargs": patience} if parts.scheme in ("s3", "s3a") else {})
 
 
-def _is_alive(pid: int) -> bool:
+def _is_left(ending: str, path: Path) -> bool:
+    """Whether whoever wrote a temporary file, called NAME.`ending`, has gone."""
+    mark, _, rest = ending.partition(".")
+    pid = rest.partition(".")[0]
+    if machine() and mark == machine_mark() and pid.isdigit():
+        return not is_alive(int(pid))
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return time.time() - path.stat().st_mtime > _LEFT_SECONDS
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _absent(error: FileNotFoundError) -> None:

@@ -45,6 +45,11 @@ def open_remote(url: str) -> Remote:
     return known[1]
 
 
+def close_remotes() -> None:
+    """Let the next `open_remote` make its driver anew: drivers read credentials once, and those of this process have changed."""
+    _OPEN.clear()
+
+
 class Remote:
     """A remote.  Methods raise RemoteError, or TransientRemoteError when another try may help."""
 

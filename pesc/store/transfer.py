@@ -2,7 +2,7 @@
 
 Key contracts
 - What is complete at the target is not sent again. A file that comes is written in pieces to `parts/`, with a note of each piece that is
-  there, so that a killed transfer goes on where it was; it gets its name when its SHA-256 is right.
+  there, so that a killed pull goes on where it was; it gets its name when its SHA-256 is right. A push goes on at the file where it was.
 - A file that goes is checked before, unless it has just been made: a damaged copy must not spread.
 - The caller's thread waits and shows progress; whatever interrupts it stops the others within a piece.
 """
@@ -10,6 +10,7 @@ Key contracts
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from pesc.store.manifest import OutputFile
 from pesc.store.places import Stopped
 from pesc.store.remote import Remote, file_name
 
+logger = logging.getLogger(__name__)
 THREADS = 8
 PIECE = 8 << 20
 BLOCK = 1 << 20
@@ -162,10 +164,12 @@ class _Download:
         self._part, self._note = parts / self.file.sha256, parts / f"{self.file.sha256}.pieces"
         self._lock = threading.Lock()
         self._left = 0
+        self._is_resumed = False
 
     def tasks(self) -> list[Callable[[Meter], None]]:
         """What threads have to do: a task a piece that is not there yet."""
         have = self._pieces_here()
+        self._is_resumed = bool(have)
         starts = [start for start in range(0, max(self.file.size, 1), PIECE) if start not in have]
         moved = self.file.size - sum(self._length(start) for start in starts)
         self._left = len(starts)
@@ -175,7 +179,7 @@ class _Download:
 
     def _only_finish(self, meter: Meter) -> None:
         meter.count(self.file.size)
-        self._finish()
+        self._finish(meter)
 
     def _length(self, start: int) -> int:
         return min(PIECE, self.file.size - start)
@@ -189,24 +193,27 @@ class _Download:
     def _task(self, start: int, moved: int) -> Callable[[Meter], None]:
         def fetch(meter: Meter) -> None:
             meter.count(moved)
-            data = self._piece(start)
-            descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(descriptor, memoryview(data)[written : written + BLOCK], start + written)
-            finally:
-                os.close(descriptor)
-            meter.count(len(data))
+            self._fetch(start, meter)
             with self._lock:
                 with self._note.open("a") as note:
                     note.write(f"{start}\n")
                 self._left -= 1
                 is_last = self._left == 0
             if is_last:
-                self._finish()
+                self._finish(meter)
 
         return fetch
+
+    def _fetch(self, start: int, meter: Meter) -> None:
+        data = self._piece(start)
+        descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(descriptor, memoryview(data)[written : written + BLOCK], start + written)
+        finally:
+            os.close(descriptor)
+        meter.count(len(data))
 
     def _piece(self, start: int) -> bytes:
         length = self._length(start)
@@ -219,10 +226,23 @@ class _Download:
             self._refuse("is shorter than its manifest says")
         return data
 
-    def _finish(self) -> None:
-        if digest_file(self._part) != self.file.sha256:
-            self._part.unlink()
-            self._note.unlink(missing_ok=True)
+    def _is_whole(self) -> bool:
+        """Whether the bytes that came are the file's; else they are dropped."""
+        if digest_file(self._part) == self.file.sha256:
+            return True
+        self._note.unlink(missing_ok=True)
+        self._part.unlink()
+        return False
+
+    def _finish(self, meter: Meter) -> None:
+        is_whole = self._is_whole()
+        if not is_whole and self._is_resumed:  # a power loss takes bytes whose note it has left; the remote is blamed for what was read now
+            logger.warning("What an earlier pull has left of %s was damaged; the whole file is fetched again.", self.file.path)
+            meter.count(-self.file.size)
+            for start in range(0, max(self.file.size, 1), PIECE):
+                self._fetch(start, meter)
+            is_whole = self._is_whole()
+        if not is_whole:
             self._refuse("has other bytes than its name says")
         self._part.chmod(0o444)
         sync_path(self._part)

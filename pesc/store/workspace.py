@@ -8,7 +8,6 @@ is told who holds it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pesc.errors import StoreBusyError
+from pesc.store.disk import take_lock
 from pesc.store.patience import Patience
 
 LOCK_NAME = ".lock"
@@ -71,14 +71,9 @@ def is_locked(root: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return True
-        raise
+        return not take_lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, root)  # NFS gives an exclusive one only to who may write
     finally:
         os.close(descriptor)
-    return False
 
 
 def _acquire(root: Path, label: str, patience: Patience | None) -> int:
@@ -90,16 +85,17 @@ def _acquire(root: Path, label: str, patience: Patience | None) -> int:
         except FileNotFoundError:  # the previous holder removed the directory between the two lines
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            is_mine = take_lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, root)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not is_mine:
             holder = _holder(descriptor)
             os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
             if patience is None:
                 raise StoreBusyError(
                     f"{label} is being built by {holder} in {root}. Wait for it to finish, or stop that process and run again: its checkpoints are kept."
-                ) from None
+                )
             patience.wait(label, holder, POLL_SECONDS)
             continue
         if _same_file(descriptor, path):

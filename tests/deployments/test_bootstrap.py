@@ -10,6 +10,7 @@ import urllib.request
 
 import pytest
 
+from deployments.automations import ZOMBIES
 from tests.deployments.servers import PrefectServer, postgres, wait_for
 
 __all__ = ["postgres"]
@@ -45,6 +46,11 @@ def everything(server: PrefectServer) -> dict:
         "limits": server.post("v2/concurrency_limits/filter", {}),
         "blocks": server.post("block_documents/filter", {"include_secrets": True}),
     }
+
+
+def automation_of(server: PrefectServer, name: str) -> dict:
+    (found,) = server.post("automations/filter", {"automations": {"name": {"any_": [name]}}})
+    return found
 
 
 def check(server: PrefectServer, *arguments: str) -> tuple[int, list[str]]:
@@ -109,7 +115,7 @@ def test_what_is_missing_is_named_and_made_again(server):
 
 def test_switches_stay_as_the_user_set_them(server):
     nightly = deployment(server, "pipeline/nightly")
-    (automation,) = server.post("automations/filter", {})
+    automation = automation_of(server, ZOMBIES)
     server.patch(f"deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}", {"active": True})
     server.patch(f"automations/{automation['id']}", {"enabled": False})
     server.patch("work_pools/gpu/queues/evaluate", {"is_paused": True})
@@ -120,14 +126,14 @@ def test_switches_stay_as_the_user_set_them(server):
     server.run(*BOOTSTRAP)
     schedules = {schedule["slug"]: schedule for schedule in deployment(server, "pipeline/nightly")["schedules"]}
     assert {slug: schedule["active"] for slug, schedule in schedules.items()} == {"nightly": True, "mine": True}
-    assert server.post("automations/filter", {})[0]["enabled"] is False
+    assert automation_of(server, ZOMBIES)["enabled"] is False
     assert server.get("work_pools/gpu/queues/evaluate")["is_paused"] is True
     assert server.get("work_pools/cpu")["is_paused"] is True
     assert deployment(server, "pipeline/weekly")["schedules"][0]["active"] is False
 
 
 def test_a_disabled_automation_is_mended_and_stays_disabled(server):
-    (automation,) = server.post("automations/filter", {})
+    automation = automation_of(server, ZOMBIES)
     fields = {name: value for name, value in automation.items() if name not in ("id", "created", "updated")}
     changed = {**fields, "enabled": False, "description": "mine", "trigger": {**automation["trigger"], "within": 60}}
     server._ask("PUT", f"automations/{automation['id']}", changed)
@@ -137,7 +143,7 @@ def test_a_disabled_automation_is_mended_and_stays_disabled(server):
     assert 'description is "mine"' in lines[0]
     assert "trigger.within is 60.0, wanted 540.0" in lines[0]
     server.run(*BOOTSTRAP)
-    (automation,) = server.post("automations/filter", {})
+    automation = automation_of(server, ZOMBIES)
     assert automation["enabled"] is False
     assert automation["trigger"]["within"] == 540
 

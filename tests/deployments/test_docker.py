@@ -261,3 +261,12 @@ def test_every_setting_of_prefect_is_one_that_it_knows(services):
 def test_yaml_names_the_version_of_the_package():
     assert yaml.safe_load(COMPOSE.read_text())["services"]["gpu-worker"]["image"] == f"${{PESC_IMAGE:-pesc:{__version__}}}-gpu"
     assert DOCKERFILE.read_text().count(f"pesc:{__version__}-") == 3
+
+
+def test_the_address_of_the_notices_is_with_bootstrap_alone(services):
+    assert {name for name, service in services.items() if "PESC_WEBHOOK_URL" in service.get("environment", {})} == {"bootstrap"}
+
+
+def test_images_have_the_driver_of_the_remote_that_compose_offers(services):
+    assert services["cpu-worker"]["build"]["args"]["EXTRAS"] == "s3"
+    assert [rest for name, rest in instructions() if name == "ARG" and rest.startswith("EXTRAS")] == ['EXTRAS="s3"'] * 2

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -250,3 +252,23 @@ def test_a_slurm_run_is_a_step_that_asks_for_what_it_needs():
     for wrong in ({"gpus": "0"}, {"python": 3}, {"memory": "lots"}, {"time_limit": "a day"}):
         with pytest.raises(jsonschema.ValidationError):
             configured("slurm", **wrong)
+
+
+def test_a_container_of_any_user_has_places_that_it_may_write_to():
+    """The image's home belongs to its own user; and a user without an entry in the image has no name unless the environment gives one."""
+    configuration = configured("docker", user="4321:4321")
+    assert configuration.container_create_kwargs["user"] == "4321:4321"
+    assert configuration.env["HOME"] == "/tmp"
+    assert configuration.env["PREFECT_HOME"].startswith("/tmp/")
+    assert configuration.env["USER"]
+    assert configured("docker", env={"HOME": "/data/home"}).env["HOME"] == "/data/home"
+
+
+def test_the_settings_that_keep_the_password_out_of_a_job_are_those_of_prefect_kubernetes(monkeypatch):
+    settings = pytest.importorskip("prefect_kubernetes.settings")
+    named = re.findall(r"`(PREFECT_INTEGRATIONS_KUBERNETES_\w+)=([\w-]+)`", (Path(__file__).resolve().parents[2] / "README.md").read_text())
+    assert len(named) == 2
+    for name, value in named:
+        monkeypatch.setenv(name, value)
+    worker = settings.KubernetesSettings().worker
+    assert (worker.api_auth_string_secret_name, worker.api_auth_string_secret_key) == ("pesc-prefect", "auth")

@@ -18,6 +18,7 @@ from tests.fake_stages import tiny_recipe_dict
 __all__ = ["prefect"]
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 HEARTBEAT_SECONDS = 30
+PENDING_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def server(prefect):
     server = prefect
     server.environment["PESC_STORE"] = str(server.folder / "store")
     fleet = server.folder / "fleet.yaml"
-    fleet.write_text(yaml.safe_dump({"heartbeat_seconds": HEARTBEAT_SECONDS}))
+    fleet.write_text(yaml.safe_dump({"heartbeat_seconds": HEARTBEAT_SECONDS, "pending_seconds": PENDING_SECONDS}))
     server.run(sys.executable, "-m", "deployments.bootstrap", "--fleet", str(fleet))
     server.recipe = server.folder / "tiny.yaml"
     server.recipe.write_text(yaml.safe_dump(tiny_recipe_dict(server.folder / "sources")))
@@ -36,6 +37,25 @@ def server(prefect):
         "--no-prompt", "deploy", "tests/deployments/programs.py:saving", "--name", "cpu", "--pool", "cpu", "--prefect-file", str(steps)
     )
     return server
+
+
+def taken(server, *later: str) -> str:
+    """A run that a worker has taken, and what became of it."""
+    run = server.post(
+        f"deployments/{server.get('deployments/name/saving/cpu')['id']}/create_flow_run", {"parameters": {"recipe": "x", "store": "x"}}
+    )
+    for kind in ("PENDING", *later):
+        server.post(f"flow_runs/{run['id']}/set_state", {"state": {"type": kind}, "force": True})
+    return run["id"]
+
+
+def test_a_run_that_was_taken_and_does_not_begin_is_crashed(server):
+    gone, begun, cancelled = taken(server), taken(server, "RUNNING"), taken(server, "CANCELLED")
+    run = server.wait_for_state(gone, "CRASHED", seconds=PENDING_SECONDS + 60)
+    assert run["state"]["message"].startswith("A worker took this run, and then it gave no sign of life for 60 s")
+    assert server.get(f"flow_runs/{begun}")["state_type"] == "RUNNING"
+    assert server.get(f"flow_runs/{cancelled}")["state_type"] == "CANCELLED"
+    server.post(f"flow_runs/{begun}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
 def children(pid: int) -> list[int]:

@@ -58,7 +58,7 @@ def test_a_cancelled_child_is_an_interruption():
 @pytest.mark.parametrize(
     ("status", "cause"),
     [
-        (WorkPoolStatus.NOT_READY, "no worker of the work pool 'gpu' is alive. Start one: prefect worker start --pool gpu"),
+        (WorkPoolStatus.NOT_READY, "no worker of the work pool 'gpu' is alive. Start one: python -m deployments.worker --pool gpu"),
         (WorkPoolStatus.PAUSED, "the work pool 'gpu' is paused. Let it go on: prefect work-pool resume gpu"),
         (WorkPoolStatus.READY, "the workers of 'gpu' are busy, or none of them serves the queue 'train', or it is at its limit"),
     ],

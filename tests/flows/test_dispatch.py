@@ -48,7 +48,7 @@ def test_each_action_runs_on_the_worker_it_wants_then_one_benchmark_alone_and_th
         address, recipe, fingerprint = child["name"].split()
         stage = address.partition("[")[0]
         assert child["work_pool_name"] == ("gpu" if stage in ON_GPU else "cpu")
-        assert {"pesc", "stage", "nightly", "dispatched"} == set(child["tags"])
+        assert {"pesc", "stage", "nightly", "dispatched", "recipe:tiny"} == set(child["tags"])
         assert recipe == "tiny"
         (manifest,) = [m for m in fleet.store.manifests(stage) if m.address == address]
         assert manifest.fingerprint.startswith(fingerprint)
@@ -128,7 +128,7 @@ def test_a_deployment_that_is_not_there_is_a_sentence_before_anything_starts(pre
 def test_a_pool_without_a_worker_is_told_and_the_child_that_waits_is_cancelled_outright(prepared):
     fleet, parameters = prepared
     run = fleet.submit("pipeline/cpu", **parameters, overrides=["mix.seed=6"], deployments={"mix": "nobody"}, until=["mix"])
-    wanted = "no worker of the work pool 'empty' is alive. Start one: prefect worker start --pool empty."
+    wanted = "no worker of the work pool 'empty' is alive. Start one: python -m deployments.worker --pool empty."
     wait_for(lambda: any(wanted in line for line in fleet.logs(run)), 90, "the complaint")
     fleet.cancel(run)
     assert fleet.end(run, 60)["state_type"] == "CANCELLED"

@@ -47,6 +47,8 @@ def test_every_field_of_the_form_has_its_name_in_a_recipe_and_a_sentence():
     [
         {"overrides": ["sources.rows.uri=https://ada:pw@host/x"]}, {"overrides": ["description=hf_abcdefghijklmnopqrstuvw"]},
         {"settings": {"sources": {"rows": {"uri": "https://ada:pw@host/x"}}}}, {"settings": {"name": "hf_abcdefghijklmnopqrstuvw"}},
+        {"recipe": "https://ada:pw@host/x.yaml"}, {"overrides": ["x=ghp_abcdefghijklmnopqrstuvw"]},
+        {"settings": {"dedup": {"datasets": {"rows": {"files": ["https://ada:pw@host/x"]}}}}},
     ],
 )  # fmt: skip
 def test_the_server_refuses_a_secret_before_it_stores_it(wrong):
@@ -58,6 +60,23 @@ def test_the_server_refuses_a_secret_before_it_stores_it(wrong):
         "settings": {"sources": {"rows": {"uri": "s3://b/x"}}, "name": None, "train": {"seed": 1}},
     }
     jsonschema.validate(fine, schema)
+
+
+@pytest.mark.parametrize("field", ["only", "start", "until", "refresh"])
+def test_the_server_refuses_an_address_that_no_recipe_can_have(field):
+    schema = parameter_schema(pipeline.fn).model_dump()
+    for wrong in ("evalute", "evaluate[pesc", "evaluate pesc", "train[pesc] merge[pesc]", ""):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({field: [wrong]}, schema)
+    for fine in ("evaluate", "evaluate[pesc]", "evaluate[pesc/mmlu]", "download[base]", " train[qlora-s1] "):
+        jsonschema.validate({field: [fine]}, schema)
+    jsonschema.validate({"without": ["evaluate[pesc/mmlu]"]}, parameter_schema(stages.report.fn).model_dump())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"without": ["evalute[pesc/mmlu]"]}, parameter_schema(stages.report.fn).model_dump())
+
+
+def test_here_the_recipe_says_what_is_wrong_with_an_address():
+    assert pipeline.validate_parameters({"only": ["evalute"]})["only"] == ["evalute"], "its sentence has a suggestion"
 
 
 @pytest.mark.parametrize("name", recipe_names())

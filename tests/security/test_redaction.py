@@ -24,6 +24,13 @@ def test_values_of_variables_that_are_named_like_secrets_are_hidden(monkeypatch,
         assert redact(f"it said {written}!") == "it said ***!"
 
 
+def test_the_address_of_a_webhook_is_hidden(monkeypatch):
+    """Who has it can write to the channel."""
+    monkeypatch.setenv("PESC_WEBHOOK_URL", "https://hooks.example.com/T0/B0/pl4nted")
+    assert redact("refused by https://hooks.example.com/T0/B0/pl4nted: 404") == "refused by ***: 404"
+    assert find_secret("https://hooks.example.com/T0/B0/pl4nted") == "the value of PESC_WEBHOOK_URL"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

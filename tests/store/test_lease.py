@@ -102,7 +102,7 @@ def test_one_that_is_not_renewed_is_taken_over(remote, caplog):
 def test_one_of_a_process_of_this_machine_that_has_ended_is_taken_over_at_once(remote):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    plant(remote, pid=ended.pid, machine=lease._machine(), seconds=600)
+    plant(remote, pid=ended.pid, machine=lease.machine(), seconds=600)
     with hold_lease(remote, CLAIM, Patience(0.5), until_found=True):
         assert remote.place.names("leases") == [f"{CLAIM.folder}/1"]
 

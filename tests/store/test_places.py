@@ -1,16 +1,17 @@
 """Where a remote lies: whole or absent, created once, and every failure a sentence."""
 
 import os
-import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from pesc.errors import RemoteError, TransientRemoteError
 from pesc.store import places
+from pesc.store.machine import machine_mark
 from pesc.store.places import Stopped, open_place
 
 
@@ -86,7 +87,7 @@ def test_a_directory_s_files_are_read_only_and_a_killed_writer_s_rest_is_removed
     (tmp_path / "files").mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    rest, other = (tmp_path / "files" / f".f.{socket.gethostname()}.{pid}.ab" for pid in (dead.pid, os.getpid()))
+    rest, other = (tmp_path / "files" / f".f.{machine_mark()}.{pid}.ab" for pid in (dead.pid, os.getpid()))
     rest.write_bytes(b"half")
     other.write_bytes(b"half")
     (tmp_path / "source").write_bytes(b"whole")
@@ -95,6 +96,23 @@ def test_a_directory_s_files_are_read_only_and_a_killed_writer_s_rest_is_removed
     assert other.exists(), "its writer lives"
     assert stat.S_IMODE((tmp_path / "files" / "f").stat().st_mode) == 0o444
     assert place.names("files") == ["files/f"]
+
+
+def test_the_upload_of_another_container_with_this_host_s_name_is_left_alone_for_a_week(tmp_path, monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setattr("os.getpid", lambda: dead.pid)  # as this machine sees a process of another one's numbers
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("pesc.store.places.machine_mark", lambda: "another")
+        theirs = open_place(str(tmp_path))._new_file("files/f")
+        _, coming = theirs.__enter__()
+        coming.write_bytes(b"half")
+    place = open_place(str(tmp_path))
+    place.write("files/f", b"mine")
+    assert coming.exists()
+    os.utime(coming, (time.time() - 8 * 86_400,) * 2)
+    place.write("files/f", b"mine")
+    assert not coming.exists()
 
 
 @pytest.mark.parametrize(

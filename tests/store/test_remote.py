@@ -110,6 +110,35 @@ def test_an_object_that_lost_a_file_is_pulled_again(here, there):
     assert fsck(there).is_clean
 
 
+@pytest.mark.parametrize("pieces", ["0", "0\n8"], ids=["some of it", "all of it"])
+def test_bytes_that_a_power_loss_took_from_a_pull_are_not_the_remote_s_fault(here, there, pieces, monkeypatch, caplog):
+    """A note of a piece may be on the disk when the piece is not."""
+    monkeypatch.setattr("pesc.store.transfer.PIECE", 8)
+    manifest = made(here, {"data.bin": b"rows of data"})
+    here.share(manifest)
+    sha256, parts = manifest.output.files[0].sha256, there.root / "work" / "pull" / manifest.output.digest / "parts"
+    parts.mkdir(parents=True)
+    (parts / sha256).write_bytes(bytes(12))
+    (parts / f"{sha256}.pieces").write_text(pieces)
+    assert (there.open(manifest.ref) / "data.bin").read_bytes() == b"rows of data"
+    assert "the whole file is fetched again" in caplog.text
+    assert there.remote.damaged() == set()
+
+
+def test_what_is_damaged_there_is_said_so_also_after_an_earlier_pull(here, there, monkeypatch):
+    monkeypatch.setattr("pesc.store.transfer.PIECE", 8)
+    manifest = made(here, {"data.bin": b"rows of data"})
+    here.share(manifest)
+    sha256, parts = manifest.output.files[0].sha256, there.root / "work" / "pull" / manifest.output.digest / "parts"
+    here.remote.place.write(file_name(sha256), b"rows of DATA")
+    parts.mkdir(parents=True)
+    (parts / sha256).write_bytes(b"rows of ")
+    (parts / f"{sha256}.pieces").write_text("0")
+    with pytest.raises(RemoteError, match="has other bytes than its name says"):
+        there.open(manifest.ref)
+    assert there.remote.damaged() == {sha256}
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -1,5 +1,7 @@
 """The store's promises: all or nothing, first writer wins, one builder at a time, and nothing believed that is not there."""
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pesc.errors import StoreBusyError, StoreError
-from pesc.store import Manifest, Store
+from pesc.store import Manifest, Store, maintenance
 from pesc.store.maintenance import fsck, gc
 from pesc.store.manifest import Key, Output, OutputFile
 from pesc.store.workspace import is_locked
@@ -124,6 +126,26 @@ def test_a_killed_holder_frees_the_workspace_and_leaves_its_scratch(store, holde
         assert (workspace.root / "checkpoint").read_text() == "step 100"
 
 
+def test_where_locks_are_those_of_nfs_the_care_of_the_store_reads_them(store, monkeypatch):
+    """NFS makes byte-range locks of `flock`: an exclusive one wants a descriptor that may write."""
+    with store.workspace("train", "e" * 64, "train") as workspace:
+        (workspace.root / "checkpoint").write_text("half")
+    monkeypatch.setattr("fcntl.flock", fcntl.lockf)
+    assert not is_locked(store.workspace_path("train", "e" * 64))
+    assert fsck(store).leftovers == [store.workspace_path("train", "e" * 64)]
+    assert gc(store, [], 0.0).workspaces == [store.workspace_path("train", "e" * 64)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_sentence(store, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(StoreError, match=r"gives no locks .* Mount it with locks"), store.workspace("train", "e" * 64, "train"):
+        pass
+
+
 def test_fsck_is_clean_after_normal_work_and_names_damage(store):
     made = commit(store)
     assert fsck(store).is_clean
@@ -178,6 +200,56 @@ def test_gc_keeps_the_recent_and_what_a_recent_run_used(store):
     report = gc(store, keep=[], keep_days=30)
     assert {p.name for p in report.actions} == {old.fingerprint}
     assert fresh.fingerprint not in {p.name for p in report.actions}
+
+
+def test_gc_keeps_what_has_lately_been_an_input(store):
+    """Of a run that goes on elsewhere and has no record here yet."""
+    old, read = commit(store, content=b"1", seed=1), commit(store, content=b"2", seed=2)
+    _age(store, 100)
+    store.note_use(read.ref)
+    assert {p.name for p in gc(store, keep=[], keep_days=30).actions} == {old.fingerprint}
+    assert store.action_path("mix", read.fingerprint).joinpath("manifest.json").stat().st_mtime < time.time() - 86_400
+
+
+def test_gc_spares_what_comes_into_use_while_it_looks(store, monkeypatch):
+    old, again = commit(store, content=b"1", seed=1), commit(store, content=b"2", seed=2)
+    _age(store, 100)
+    count = maintenance._unshared_bytes
+
+    def meanwhile(path):
+        store.record_run("r", "now", {"mix": again.fingerprint})
+        return count(path)
+
+    monkeypatch.setattr(maintenance, "_unshared_bytes", meanwhile)
+    report = gc(store, keep=[], keep_days=30, delete=True)
+    assert [p.name for p in report.actions] == [old.fingerprint]
+    assert store.find("mix", again.fingerprint)
+    assert store.find("mix", old.fingerprint) is None
+    assert fsck(store).is_clean
+
+
+def test_an_object_of_the_last_hour_stays_whatever_is_asked(store):
+    (store.root / "objects" / ("a" * 64)).mkdir(parents=True)
+    assert gc(store, keep=[], keep_days=0).objects == []
+    _age(store, 0.1)
+    assert [p.name for p in gc(store, keep=[], keep_days=0).objects] == ["a" * 64]
+
+
+def test_gc_removes_what_fsck_has_set_aside_long_ago(store):
+    made = commit(store)
+    path = store.object_path(made.output.digest) / "data.bin"
+    path.chmod(0o644)
+    path.write_bytes(b"rot!")
+    fsck(store, repair=True)
+    _age(store, 100)
+    aside = sorted((store.root / "damaged").iterdir())
+    assert gc(store, keep=[], keep_days=30).damaged == [], "set aside just now, however old it is"
+    for place in aside:
+        number, _, name = place.name.partition("-")
+        place.rename(place.with_name(f"{int(number) - 31 * 86_400 * 10**9}-{name}"))
+    report = gc(store, keep=[], keep_days=30, delete=True)
+    assert len(report.damaged) == len(aside) == 2
+    assert list((store.root / "damaged").iterdir()) == []
 
 
 def test_gc_leaves_a_held_workspace_alone(store, holder):
