@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ class Fleet:
         for pool in ("cpu", "gpu", "empty"):
             server.post("work_pools/", {"name": pool, "type": "process"})
         self._deploy(entrypoints)
+
+    @classmethod
+    def bootstrapped(cls, server: PrefectServer, folder: Path, environments: Mapping[str, Mapping[str, str]]) -> Fleet:
+        """Everything as `deployments.bootstrap` makes it, real flows, a worker for each pool; `environments` of the pools."""
+        fleet = cls.__new__(cls)
+        fleet.server, fleet.folder = server, folder
+        path = folder / "fleet.yaml"
+        path.write_text(yaml.safe_dump({"pools": {pool: {"env": dict(variables)} for pool, variables in environments.items()}}))
+        server.environment |= {"PESC_STORE": str(folder / "store"), "PESC_HOME": str(ROOT), "PESC_FLEET": str(path)}
+        server.run(sys.executable, "-m", "deployments.bootstrap")
+        for pool, variables in environments.items():
+            fleet.worker(pool, **variables)
+        return fleet
 
     def write_recipe(self, name: str, **changes: Any) -> str:
         """Path of a tiny recipe."""

@@ -60,7 +60,7 @@ def test_each_action_runs_on_the_worker_it_wants_then_one_benchmark_alone_and_th
             "nothing but names: no reference, digest or path of a result"
         )
     assert next(m for m in fleet.store.manifests("train")).key.config["learning_rate"] == 0.0003
-    assert fleet.tasks(run) == dict.fromkeys(ACTIONS, "Completed")
+    wait_for(lambda: fleet.tasks(run) == dict.fromkeys(ACTIONS, "Completed"), 30, "the task runs' last states")
     assert len(list(fleet.store.root.glob("runs/tiny/*.json"))) == 1, "the history has one run, not one for each child"
     assert len(fleet.versions("plan-tiny")) == 1
 
@@ -73,7 +73,7 @@ def test_each_action_runs_on_the_worker_it_wants_then_one_benchmark_alone_and_th
     again = fleet.submit("pipeline/cpu", recipe=fleet.recipe, dispatch=True, overrides=overrides)
     assert fleet.end(again)["state_type"] == "COMPLETED"
     assert fleet.children(again) == []
-    assert fleet.tasks(again) == dict.fromkeys(ACTIONS, "Cached")
+    wait_for(lambda: fleet.tasks(again) == dict.fromkeys(ACTIONS, "Cached"), 30, "the task runs' last states")
     assert len(fleet.built()) == len(ACTIONS) + 1
     assert fsck(fleet.store).is_clean
 
