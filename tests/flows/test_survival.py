@@ -90,8 +90,9 @@ def test_a_schedule_fires_and_its_runs_find_what_the_first_has_built(fleet):
         fleet.server.delete(f"deployments/{deployment}/schedules/{made['id']}")
     assert [run["state_type"] for run in runs] == ["COMPLETED"] * 3
     assert Counter(fleet.built()) == {"download-rows": 1, "dedup": 1, "mix": 1}
-    states = [fleet.tasks(run["id"]) for run in sorted(runs, key=lambda run: run["start_time"])]
-    assert [set(found.values()) for found in states] == [{"Completed"}, {"Cached"}, {"Cached"}]
+    in_order = sorted(runs, key=lambda run: run["start_time"])
+    wanted = [{"Completed"}, {"Cached"}, {"Cached"}]
+    wait_for(lambda: [set(fleet.tasks(run["id"]).values()) for run in in_order] == wanted, 30, f"the task runs to be {wanted}")
     fleet.clear()
 
 
