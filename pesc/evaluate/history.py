@@ -71,11 +71,13 @@ History = Mapping[str, Sequence[Point]]
 
 
 def read_history(store: Store, recipe: str) -> dict[str, list[Point]]:
-    """The newest runs of a recipe, benchmark by benchmark, in the order of their first appearance."""
+    """The newest runs of a recipe, benchmark by benchmark, in the order of the run that had most of them."""
     history: dict[str, list[Point]] = {}
+    fullest: list[str] = []
     last: dict[str, _Found] = {}
     known: dict[tuple[str, str], _Found | None] = {}
     for time, actions, digests in _runs(store, recipe):
+        fullest = max(list(actions), fullest, key=len)
         for address, fingerprint in actions.items():
             if parse_address(address)[0] != "evaluate":
                 continue
@@ -85,7 +87,7 @@ def read_history(store: Store, recipe: str) -> dict[str, list[Point]]:
             if found := known[name]:
                 history.setdefault(address, []).append(_point(time, found, last.get(address)))
                 last[address] = found
-    return history
+    return {address: history[address] for address in dict.fromkeys([*fullest, *history]) if address in history}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def score(tiny_recipe, fakes, store, monkeypatch):
     )
 
     def run(seed: int, **selection):
-        selected = Selection(until=("evaluate",), **selection)
+        selected = Selection(**{"until": ("evaluate",), **selection})
         return run_recipe(tiny_recipe(evaluate={"benchmarks": {"quiz": {"seed": seed}}}), store, selected)
 
     return run
@@ -55,6 +55,12 @@ def test_a_run_that_finds_the_result_is_a_point_as_one_that_computes_it(score, s
     assert [point.digest for point in points] == [outcome["evaluate[pesc/quiz]"].ref.digest for outcome in outcomes]
     assert [point.changed for point in points] == [(), (), ("config.seed 40 → 55",)]
     assert (points[0].low, points[0].high) == pytest.approx((30.94, 49.80), abs=0.01), "Wilson's interval of 40 of 100"
+
+
+def test_a_benchmark_that_ran_alone_before_the_others_does_not_come_first(score, store):
+    score(40, until=("evaluate[qlora]",))
+    score(40)
+    assert list(read_history(store, "tiny")) == ["evaluate[pesc/quiz]", "evaluate[qlora/quiz]"]
 
 
 def test_a_refresh_does_not_rewrite_the_history(score, store, monkeypatch):
