@@ -59,13 +59,16 @@ class Bucket:
         return [record for line in lines if (record := json.loads(line))["path"].startswith(f"/{self.name}")]
 
     def moved(self, method: str) -> Counter[str]:
-        """SHA-256 -> how often a file of the remote was sent (PUT) or fetched (GET) in full or begun."""
-        counts: Counter[str] = Counter()
+        """SHA-256 -> how often a file of the remote, or one of its pieces, was sent (PUT) or fetched (GET)."""
+        counts: Counter[tuple[str, str]] = Counter()
         for record in self.requests():
             found = re.search(r"/files/../([0-9a-f]{64})$", record["path"])
             if found and record["method"] == method and record["status"] < 300:
-                counts[found[1]] += 1
-        return counts
+                counts[found[1], record["piece"]] += 1
+        most: Counter[str] = Counter()
+        for (sha256, _), count in counts.items():
+            most[sha256] = max(most[sha256], count)
+        return most
 
     def moved_bytes(self, method: str) -> int:
         sizes = {"PUT": "came", "GET": "went"}[method]

@@ -2,7 +2,7 @@
 
 python -m tests.store.bucket_server PORT FOLDER
 
-FOLDER/requests.jsonl   a line a request: method, path, bytes that came, status, bytes that went
+FOLDER/requests.jsonl   a line a request: method, path, bytes that came, status, bytes that went, which piece of the file
 FOLDER/delay            seconds that each request for a file of a remote takes longer, while this is there
 FOLDER/busy             how many of the next requests are answered with HTTP 503
 Conditional writes are done one at a time: moto looks and writes in two steps, where S3 does it in one.
@@ -32,7 +32,11 @@ class Quiet(WSGIRequestHandler):
 def watched(app, folder: Path):
     def serve(environ, start_response):
         path = environ["PATH_INFO"]
-        record = {"method": environ["REQUEST_METHOD"], "path": path, "came": int(environ.get("CONTENT_LENGTH") or 0)}
+        part = next((word for word in environ.get("QUERY_STRING", "").split("&") if word.startswith("partNumber=")), "")
+        record = {
+            "method": environ["REQUEST_METHOD"], "path": path, "came": int(environ.get("CONTENT_LENGTH") or 0),
+            "piece": f"{part} {environ.get('HTTP_RANGE', '')}".strip(),
+        }  # fmt: skip
         if "/files/" in path:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 time.sleep(float((folder / "delay").read_text()))
