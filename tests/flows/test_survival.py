@@ -74,6 +74,7 @@ def test_a_killed_worker_leaves_a_run_that_the_automation_marks_and_the_next_one
     again = fleet.submit("tokenize/cpu", recipe=fleet.recipe, store=str(store.root))
     assert fleet.end(again)["state_type"] == "COMPLETED"
     assert fleet.built() == ["tokenize"]
+    fleet.clear()
 
 
 def test_a_schedule_fires_and_its_runs_find_what_the_first_has_built(fleet):
