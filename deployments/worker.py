@@ -28,11 +28,9 @@ from uuid import UUID
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
 
+logger = logging.getLogger(__name__)
 GRACE_SECONDS = 120.0
 _POLL_SECONDS = 0.2
-
-
-logger = logging.getLogger(__name__)
 _RUN_ID = re.compile(rb"(?:^|\0)PREFECT__FLOW_RUN_ID=([0-9a-f-]{36})")
 
 

@@ -23,7 +23,7 @@ from pesc.recipe import Recipe
 from pesc.run import Holes, RunRecord, Step, resolve
 from pesc.settings import store_root
 from pesc.store import Store
-from tasks.execution import library_records, run_job, run_jobs_at_once
+from tasks.execution import run_job, run_jobs_at_once
 from tasks.patience import impatient
 from tasks.reporting import (
     publish_card,
@@ -75,11 +75,11 @@ def is_child() -> bool:
 def run_chain(recipe: Recipe, store: Store, selection: Selection, runner: Runner = Inline()) -> dict[str, Outcome]:
     """Run what the selection allows; returns the outcome by address.  `runner`: who builds, this machine or other flow runs.
 
+    To be called within `library_records`, which a flow enters before it asks the store anything.
     Raises the PescError of the action that failed; HolesError, after everything else was done and shown, when benchmarks failed.
     Which actions were used is recorded in the store also when a later one fails.
     """
-    with library_records():
-        return _Chain(recipe, store, selection, runner).run()
+    return _Chain(recipe, store, selection, runner).run()
 
 
 class _Chain:

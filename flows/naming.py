@@ -30,14 +30,11 @@ def run_digest(flow: str, given: Mapping[str, Any]) -> str:
             return digest_json(recipe.model_dump(mode="json", exclude={"execution"}))[:LENGTH]
         changes = [*as_overrides(given.get("settings"), block_of(flow)), *(given.get("overrides") or ())]
         pattern = f"{flow}[{given['instance']}]" if given.get("instance") else flow
-        return _fingerprint(load_recipe(given["recipe"], changes), pattern, _place(given))[:LENGTH]
+        place = Store(given.get("store") or store_root(), remote=None)
+        return _fingerprint(load_recipe(given["recipe"], changes), pattern, place)[:LENGTH]
     except Exception as error:
         logger.debug("The run has no digest in its name: %s", error)
         return ""
-
-
-def _place(given: Mapping[str, Any]) -> Store:
-    return Store(given.get("store") or store_root(), remote=None)
 
 
 def _fingerprint(recipe: Recipe, pattern: str, store: Store) -> str:

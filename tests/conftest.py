@@ -46,6 +46,17 @@ def store(tmp_path):
 
 
 @pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A directory that is the remote of every store."""
+    from pesc.store import remote as module
+
+    monkeypatch.setattr(module, "_OPEN", {})
+    (tmp_path / "remote").mkdir()
+    monkeypatch.setenv("PESC_REMOTE", str(tmp_path / "remote"))
+    return tmp_path / "remote"
+
+
+@pytest.fixture
 def fakes(monkeypatch):
     """The fake builders, installed."""
     from tests import fake_stages

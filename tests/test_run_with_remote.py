@@ -17,14 +17,6 @@ SOME = Selection(until=("mix",))
 
 
 @pytest.fixture
-def remote(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_module, "_OPEN", {})
-    (tmp_path / "remote").mkdir()
-    monkeypatch.setenv("PESC_REMOTE", str(tmp_path / "remote"))
-    return tmp_path / "remote"
-
-
-@pytest.fixture
 def store(tmp_path, remote):
     return Store(tmp_path / "store")
 

@@ -21,55 +21,51 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from pesc.errors import EvaluationError
 from pesc.evaluate.results import Sample
 
 
 @dataclass(frozen=True)
-class RunsDifference:
-    """Arm minus control over several runs of both, as fractions."""
+class Difference:
+    """Arm minus control over several runs of both, in the scores' own unit."""
 
     difference: float
     stderr: float
     degrees: float
+    """Of freedom, of Student's distribution."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        return t_interval(self.difference, self.stderr, self.degrees)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of no difference."""
+        if self.stderr == 0:
+            return 1.0 if self.difference == 0 else 0.0
+        return 2 * float(stdtr(self.degrees, -abs(self.difference) / self.stderr))
+
+
+@dataclass(frozen=True)
+class RunsDifference(Difference):
+    """Of runs that have nothing in common."""
+
     spread_arm: float
     """Standard deviation of the arm's score from run to run."""
     spread_control: float
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
-        return t_interval(self.difference, self.stderr, self.degrees)
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided, of no difference."""
-        return t_p_value(self.difference, self.stderr, self.degrees)
-
 
 @dataclass(frozen=True)
-class PairedRunsDifference:
-    """Arm minus control over pairs of runs with a common seed, in the scores' own unit."""
+class PairedRunsDifference(Difference):
+    """Of pairs of runs with a common seed."""
 
-    difference: float
-    stderr: float
-    degrees: float
     spread: float
     """Standard deviation of the difference from seed to seed."""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
-        return t_interval(self.difference, self.stderr, self.degrees)
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided, of no difference."""
-        return t_p_value(self.difference, self.stderr, self.degrees)
 
 
 def score_matrix(runs: Sequence[Sequence[Sample]], label: str) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -149,39 +145,7 @@ def groups_of(arms: Sequence[str], replicates: Mapping[str, Sequence[str]]) -> d
     return {arm: (arm, *(name for name in replicates.get(arm, ()) if name in arms)) for arm in arms if arm not in others}
 
 
-def t_cdf(t: float, degrees: float) -> float:
-    """Student's distribution function for t >= 0, by Simpson's rule after t = sqrt(degrees) tan(angle); exact to 1e-8 or so."""
-    if math.isinf(degrees) or degrees > 1e7:
-        return 0.5 * math.erfc(-t / math.sqrt(2))
-    top = math.atan(t / math.sqrt(degrees))
-    angles = np.linspace(0.0, top, 1001)
-    with np.errstate(divide="ignore"):
-        heights = np.exp((degrees - 1) * np.log(np.cos(angles)))
-    weights = np.ones(1001)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2
-    area = float(heights @ weights) * top / (3 * 1000)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-    return min(1.0, 0.5 + scale * area)
-
-
 def t_interval(value: float, stderr: float, degrees: float) -> tuple[float, float]:
-    """The 95 % interval of an estimate."""
-    half = t_quantile(0.975, degrees) * stderr
+    """The 95 % interval of an estimate, by Student's distribution (infinite degrees: the normal one)."""
+    half = float(stdtrit(degrees, 0.975)) * stderr
     return value - half, value + half
-
-
-def t_p_value(value: float, stderr: float, degrees: float) -> float:
-    """Two-sided, of 0."""
-    if stderr == 0:
-        return 1.0 if value == 0 else 0.0
-    return 2 * (1 - t_cdf(abs(value) / stderr, degrees))
-
-
-@lru_cache(maxsize=256)
-def t_quantile(probability: float, degrees: float) -> float:
-    """The t that Student's distribution stays below with this probability (above 0.5)."""
-    low, high = 0.0, 1000.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, degrees) < probability else (low, middle)
-    return low

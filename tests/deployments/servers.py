@@ -32,9 +32,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import yaml
 
 from pesc.launch.guard import PARENT_VARIABLE
 from pesc.launch.supervise import child_environment
+from tests.fake_stages import tiny_recipe_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -308,3 +310,15 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]
     """A Prefect server on SQLite."""
     with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
         yield server
+
+
+def bootstrap_with_saving(server: PrefectServer, fleet: dict[str, Any]) -> None:
+    """Bootstrap with a fleet file, and the flow `saving` in the pool `cpu`; `server.recipe` is a tiny recipe."""
+    path, steps, server.recipe = (server.folder / name for name in ("fleet.yaml", "prefect.yaml", "tiny.yaml"))
+    path.write_text(yaml.safe_dump(fleet))
+    server.run(sys.executable, "-m", "deployments.bootstrap", "--fleet", str(path))
+    server.recipe.write_text(yaml.safe_dump(tiny_recipe_dict(server.folder / "sources")))
+    steps.write_text(yaml.safe_dump({"pull": [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]}))
+    server.prefect(
+        "--no-prompt", "deploy", "tests/deployments/programs.py:saving", "--name", "cpu", "--pool", "cpu", "--prefect-file", str(steps)
+    )

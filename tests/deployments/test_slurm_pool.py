@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pesc.store import Store
 from pesc.store.workspace import is_locked
-from tests.deployments.servers import ROOT, PrefectServer, prefect, wait_for
+from tests.deployments.servers import ROOT, PrefectServer, bootstrap_with_saving, prefect, wait_for
 from tests.deployments.slurm_cluster import slurm
 from tests.deployments.test_worker import OURS, alive, saved, start_run
-from tests.fake_stages import tiny_recipe_dict
 
 __all__ = ["prefect", "slurm"]
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -32,18 +30,8 @@ def server(prefect, slurm):
         "PESC_STORE": str(server.folder / "store"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    fleet = server.folder / "fleet.yaml"
-    fleet.write_text(
-        yaml.safe_dump({"pools": {"cpu": {"type": "slurm", "gpus": 1, "variables": {"partition": "gpu", "memory": "0", "cpus": "1"}}}})
-    )
-    server.run(sys.executable, "-m", "deployments.bootstrap", "--fleet", str(fleet))
-    server.recipe = server.folder / "tiny.yaml"
-    server.recipe.write_text(yaml.safe_dump(tiny_recipe_dict(server.folder / "sources")))
-    steps = server.folder / "prefect.yaml"
-    steps.write_text(yaml.safe_dump({"pull": [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]}))
-    server.prefect(
-        "--no-prompt", "deploy", "tests/deployments/programs.py:saving", "--name", "cpu", "--pool", "cpu", "--prefect-file", str(steps)
-    )
+    pool = {"type": "slurm", "gpus": 1, "variables": {"partition": "gpu", "memory": "0", "cpus": "1"}}
+    bootstrap_with_saving(server, {"pools": {"cpu": pool}})
     server.worker = server.start(*OURS, "--pool", "cpu", cwd=ROOT)
     return server
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 
 import pytest
-import yaml
 
 from pesc.store import Store
-from tests.deployments.servers import ROOT, prefect, wait_for
+from tests.deployments.servers import ROOT, bootstrap_with_saving, prefect, wait_for
 from tests.deployments.test_worker import OURS, alive, start_run, worker_process
-from tests.fake_stages import tiny_recipe_dict
 
 __all__ = ["prefect"]
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -26,16 +23,7 @@ def server(prefect):
     """A bootstrapped server whose runs give a sign of life every 30 seconds, and the flow `saving`."""
     server = prefect
     server.environment["PESC_STORE"] = str(server.folder / "store")
-    fleet = server.folder / "fleet.yaml"
-    fleet.write_text(yaml.safe_dump({"heartbeat_seconds": HEARTBEAT_SECONDS, "pending_seconds": PENDING_SECONDS}))
-    server.run(sys.executable, "-m", "deployments.bootstrap", "--fleet", str(fleet))
-    server.recipe = server.folder / "tiny.yaml"
-    server.recipe.write_text(yaml.safe_dump(tiny_recipe_dict(server.folder / "sources")))
-    steps = server.folder / "prefect.yaml"
-    steps.write_text(yaml.safe_dump({"pull": [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]}))
-    server.prefect(
-        "--no-prompt", "deploy", "tests/deployments/programs.py:saving", "--name", "cpu", "--pool", "cpu", "--prefect-file", str(steps)
-    )
+    bootstrap_with_saving(server, {"heartbeat_seconds": HEARTBEAT_SECONDS, "pending_seconds": PENDING_SECONDS})
     return server
 
 

@@ -7,18 +7,9 @@ from flows.pipeline import pipeline
 from pesc.recipe import load_recipe
 from pesc.run import run_recipe
 from pesc.store import Store
-from pesc.store import remote as remote_module
 from tests.flows import observe
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-
-
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_module, "_OPEN", {})
-    (tmp_path / "remote").mkdir()
-    monkeypatch.setenv("PESC_REMOTE", str(tmp_path / "remote"))
-    return tmp_path / "remote"
 
 
 def run(recipe, root, **parameters):
