@@ -11,14 +11,15 @@ It stands above data, training and evaluation, which do not know each other; equ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pesc.cost import time_text
 from pesc.errors import DataError
-from pesc.evaluate.tables import markdown_table, results_table
+from pesc.evaluate.tables import results_table
+from pesc.markdown import markdown_table
 from pesc.models.published import is_published
 from pesc.plan import PlannedAction, make_plan
 from pesc.recipe import Recipe
@@ -156,7 +157,7 @@ def _architecture(model_dir: Path) -> list[str]:
         rows += [("width of an adapter", str(block["adapter_dim"])), ("factor on the adapters' sum", f"{block.get('scaling', 1.0):g}")]
         counts = count_directory(model_dir)
         rows += [(name.replace("_", " "), f"{counts[name]:,}") for name in ("total_parameters", "active_parameters", "added_parameters")]
-    return [_table(("", ""), rows)]
+    return [markdown_table(("", ""), rows)]
 
 
 def _training(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], store: Store, trained: bool) -> list[str]:
@@ -177,7 +178,7 @@ def _training(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], st
         del rows[1]
     train, merge = actions.get(f"train[{arm}]"), actions.get(f"merge[{arm}]")
     rows += [*_measured(train), *_merge_proof(merge, store)]
-    return [_table(("", ""), rows)]
+    return [markdown_table(("", ""), rows)]
 
 
 def _measured(train: PlannedAction | None) -> list[tuple[str, str]]:
@@ -238,7 +239,7 @@ def _licences(recipe: Recipe, actions: Mapping[str, PlannedAction]) -> list[str]
         revision = str(action.manifest.provenance.get("revision") or "–")[:12] if action and action.manifest else "not fetched here"
         rows.append((name, use, source.license or "not stated in the recipe", _public(source.uri), revision))
     note = "The licences are what the recipe states. Read the sources' own before you publish or sell what is made of them."
-    return [_table(("source", "used as", "licence", "from", "revision"), rows), "", note]
+    return [markdown_table(("source", "used as", "licence", "from", "revision"), rows), "", note]
 
 
 def _limits(recipe: Recipe, arm: str, actions: Mapping[str, PlannedAction], trained: bool) -> list[str]:
@@ -271,10 +272,4 @@ def _provenance(address: str, actions: Mapping[str, PlannedAction]) -> list[str]
         if manifest:
             commit = str((manifest.environment.get("git") or {}).get("commit") or "")[:12]
             rows.append((name, manifest.fingerprint[:12], manifest.output.digest[:12], commit or "–"))
-    return [_table(("action", "fingerprint", "object", "commit of the code"), rows)]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of words: every column to the left."""
-    names, rule, *lines = markdown_table(head, rows).splitlines()
-    return "\n".join([names, rule.replace("--:", ":--"), *lines])
+    return [markdown_table(("action", "fingerprint", "object", "commit of the code"), rows)]

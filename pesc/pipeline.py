@@ -279,6 +279,7 @@ STAGES: tuple[Stage, ...] = (
             "pesc.routing.results",
             "pesc.routing.tables",
             "pesc.figures",
+            "pesc.markdown",
             "pesc.templates",
         ),
         summary="tables, plots, page",

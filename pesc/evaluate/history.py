@@ -23,6 +23,7 @@ from pesc.data_uri import as_data_uri
 from pesc.errors import EvaluationError, StoreError
 from pesc.evaluate.records import parse_address
 from pesc.evaluate.results import BenchmarkResult, read_result
+from pesc.markdown import markdown_table
 from pesc.store.manifest import RUN_OBJECTS
 
 if TYPE_CHECKING:
@@ -189,8 +190,6 @@ def history_rows(history: History) -> list[dict[str, Any]]:
 
 
 def _table(arm: str, points: Sequence[Point]) -> str:
-    from pesc.evaluate.tables import markdown_table
-
     rows = [
         [
             point.time.strftime(_SHOWN_TIME), point.text, "; ".join(point.changed) or ("same result" if index else "first run"),
@@ -198,10 +197,7 @@ def _table(arm: str, points: Sequence[Point]) -> str:
         ]
         for index, point in enumerate(points)
     ]  # fmt: skip
-    head, rule, *body = markdown_table([f"run of {arm}", "score", "changed since", "object", "commit"], rows[-ROWS_SHOWN:][::-1]).split(
-        "\n"
-    )
-    return "\n".join([head, rule.replace("--:", ":--"), *body])  # words, all of them
+    return markdown_table([f"run of {arm}", "score", "changed since", "object", "commit"], rows[-ROWS_SHOWN:][::-1])
 
 
 def plot_history(arms: Mapping[str, Sequence[Point]]) -> str:

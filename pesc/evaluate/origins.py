@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pesc.evaluate.records import parse_address
-from pesc.evaluate.tables import markdown_table
+from pesc.evaluate.records import address_order, parse_address
+from pesc.markdown import markdown_table
 
 SHOWN_DIGITS = 12
 """Of a digest, on the page and in commands."""
@@ -37,7 +37,9 @@ def find_origins(digests: Mapping[str, str], names: Mapping[str, str]) -> list[d
         gives = GIVES.get(stage, stage).format(arm=arm, benchmark=names.get(benchmark, benchmark))
         command = f"pesc reproduce {digest[:SHOWN_DIGITS]}"
         found.append({"address": address, "id": origin_id(address), "stage": stage, "object": digest, "gives": gives, "command": command})
-    return sorted(found, key=lambda entry: (order.index(entry["stage"]) if entry["stage"] in order else len(order), entry["address"]))
+    return sorted(
+        found, key=lambda entry: (order.index(entry["stage"]) if entry["stage"] in order else len(order), address_order(entry["address"]))
+    )
 
 
 def origin_id(address: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pesc.evaluate.tables import format_number, format_p, markdown_table
+from pesc.evaluate.tables import format_number, format_p
+from pesc.markdown import markdown_table
 
 HEADING = "Pre-registered questions"
 RULE = (
@@ -61,6 +62,8 @@ def answer_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 ANSWER_HEAD = ("question", "pair", "domain", "difference in nats per token", "spread from seed to seed", "p", "p (Holm)", "verdict")
+ANSWER_NUMBERS = (3, 4, 5, 6)
+"""Columns of numbers."""
 
 
 def group_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -91,7 +94,7 @@ def group_head(found: Mapping[str, Any]) -> Sequence[str]:
 
 def run_head(found: Mapping[str, Any]) -> Sequence[str]:
     """Columns of `run_rows`."""
-    return ("arm", "run", "address", "mean loss", *found["domains"], "parameters", "trained")
+    return ("arm", "run", "trained as", "mean loss", *found["domains"], "parameters", "trained")
 
 
 def questions_markdown(found: Mapping[str, Any]) -> str:
@@ -100,9 +103,13 @@ def questions_markdown(found: Mapping[str, Any]) -> str:
     if found["smallest_difference"] is not None:
         parts = [f"## {HEADING}", f"**{primary_sentence(found)}**"]
         parts += [found["note"]] if found["note"] else []
-        parts += [markdown_table(ANSWER_HEAD, answer_rows(found)), rule(found), *found["unanswered"]]
+        parts += [markdown_table(ANSWER_HEAD, answer_rows(found), ANSWER_NUMBERS), rule(found), *found["unanswered"]]
     if found["runs"]:
         rows = ", ".join(f"{count} {domain}" for domain, count in found["rows"].items())
         parts += ["## Held-out loss of the final models", f"Nats per supervised token, on {rows} rows that were never trained on."]
-        parts += [markdown_table(group_head(found), group_rows(found)), markdown_table(run_head(found), run_rows(found))]
+        groups, runs = group_head(found), run_head(found)
+        parts += [
+            markdown_table(groups, group_rows(found), range(1, len(groups))),
+            markdown_table(runs, run_rows(found), range(3, len(runs))),
+        ]
     return "\n\n".join(parts)

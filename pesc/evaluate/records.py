@@ -85,10 +85,16 @@ def parse_address(address: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else (address, "")
 
 
+def address_order(address: str) -> tuple[str, ...]:
+    """To sort by: stage, arm, benchmark, so that an arm comes before its further runs (`pesc`, `pesc-s2`)."""
+    stage, instance = parse_address(address)
+    return (stage, *instance.split("/"))
+
+
 def read_records(inputs: Mapping[str, Path]) -> Records:
     """Records of all inputs of a report, by their addresses."""
     training, proofs, stats, routing, losses = {}, {}, {}, {}, {}
-    for address, folder in sorted(inputs.items()):
+    for address, folder in sorted(inputs.items(), key=lambda item: address_order(item[0])):
         stage, instance = parse_address(address)
         if stage == "train" and (found := read_training(folder)):
             training[instance] = found

@@ -25,7 +25,8 @@ from pesc.evaluate.comparison import RULES, Comparison, compare
 from pesc.evaluate.records import parse_address
 from pesc.evaluate.report import benchmark_names, in_reading_order
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
-from pesc.evaluate.tables import markdown_table, paired_table, results_table, verdict_lines
+from pesc.evaluate.tables import paired_table, results_table, verdict_lines
+from pesc.markdown import markdown_table
 from pesc.plan import make_plan
 from pesc.recipe import load_recipe
 from pesc.store import Manifest, Store

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pesc.markdown import markdown_table
+
 
 def format_score(cell: Mapping[str, Any]) -> str:
     """`48.3 [46.1, 50.5]`."""
@@ -80,13 +82,6 @@ def format_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; first column to the left, the others to the right."""
-    cleaned = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), rule, *cleaned])
-
-
 def results_table(results: Mapping[str, Any]) -> str:
     """The headline table of a report's results.json, with what its marks mean.
 
@@ -102,7 +97,8 @@ def results_table(results: Mapping[str, Any]) -> str:
         published = [f"{figures[s][0]['value']:.1f}{published_mark(figures[s])}" if s in figures else "–" for s in systems]
         measured = [_measured(cells[arm], all_cells) if arm in cells else "–" for arm in comparison["arms"]]
         rows.append([names.get(benchmark, benchmark), format_setting(all_cells), *measured, *published])
-    table = markdown_table(["benchmark", "setting", *comparison["arms"], *systems.values()], rows)
+    head = ["benchmark", "setting", *comparison["arms"], *systems.values()]
+    table = markdown_table(head, rows, numbers=range(2, len(head)))
     return "\n\n".join([table, *mark_notes(results)])
 
 
@@ -132,7 +128,7 @@ def paired_table(results: Mapping[str, Any]) -> str:
         for mean in comparison["paired_means"]
     ]  # fmt: skip
     head = ["pair", "benchmark", "items", "difference in points", "only one right", "p", "p (Holm)", "resolves from", "verdict"]
-    return markdown_table(head, rows)
+    return markdown_table(head, rows, numbers=range(2, 8))
 
 
 def replicated_table(results: Mapping[str, Any]) -> str:
@@ -147,7 +143,7 @@ def replicated_table(results: Mapping[str, Any]) -> str:
         for pair in results["comparison"]["replicated"]
     ]  # fmt: skip
     head = ["pair", "benchmark", "training runs", "difference in points", "spread from run to run", "p", "p (Holm)", "verdict"]
-    return markdown_table(head, rows)
+    return markdown_table(head, rows, numbers=range(2, 7))
 
 
 def replicated_name(pair: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -254,10 +250,10 @@ def report_markdown(results: Mapping[str, Any]) -> str:
             for r in rows
         ]
         head = ("benchmark", "published", "measured minus published (outperforms)", "comparable", "source")
-        parts += ["## Against published figures", markdown_table(head, lines)]
+        parts += ["## Against published figures", markdown_table(head, lines, numbers=(1,))]
     if results["training"]:
         facts = ("steps", "tokens", "loss_first", "loss_last")
         rows = [[arm, run["method"], *(format_number(run["facts"].get(key)) for key in facts)] for arm, run in results["training"].items()]
-        parts += ["## Training", markdown_table(["arm", "method", "steps", "tokens", "first loss", "last loss"], rows)]
+        parts += ["## Training", markdown_table(["arm", "method", "steps", "tokens", "first loss", "last loss"], rows, numbers=range(2, 6))]
     parts += ["## How to read this", "\n".join(f"- {rule}" for rule in results["rules"])]
     return "\n\n".join(parts) + "\n"

@@ -204,6 +204,7 @@ def _write(
     out: Path, name: str, result: RoutingResult, before: tuple[str, RoutingResult] | None, agreement: Agreement | None, layer: int | None
 ) -> None:
     from pesc.figures import png_bytes, svg_text
+    from pesc.markdown import markdown_table
     from pesc.models.new_directory import new_directory
     from pesc.routing import plots, tables
     from pesc.routing.results import write_result
@@ -214,7 +215,7 @@ def _write(
         text = tables.routing_markdown({name: result, **dict([before] if before else [])}, level=1)
         if agreement:
             (folder / "agreement.json").write_text(agreement.model_dump_json() + "\n", encoding="utf-8")
-            table = tables.markdown_table(tables.AGREEMENT_HEAD, tables.agreement_rows(agreement))
+            table = markdown_table(tables.AGREEMENT_HEAD, tables.agreement_rows(agreement), numbers=range(len(tables.AGREEMENT_HEAD)))
             text += f"\n## Agreement with {agreement.other}, % of the tokens\n\n{table}\n"
         (folder / "routing.md").write_text(text, encoding="utf-8")
         for stem, figure in figures.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from pesc.markdown import markdown_table
 from pesc.routing.results import Agreement, RoutingResult, Specialisation
 
 HEAD = ("layer", "busiest", "entropy", "certainty", "dead", "information", "by chance", "p, Holm")
@@ -85,16 +86,11 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows))
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["--:"] * len(head), *rows))
-
-
 def routing_markdown(arms: Mapping[str, RoutingResult], level: int = 2) -> str:
     """The arms' routing as a section; empty without arms."""
     parts = [f"{'#' * level} Routing"] if arms else []
     for arm, result in arms.items():
         parts.append(f"**{arm}**: " + " ".join(sentences(result)))
         if result.layers:
-            parts.append(markdown_table(HEAD, layer_rows(result)))
+            parts.append(markdown_table(HEAD, layer_rows(result), numbers=range(len(HEAD))))
     return "\n\n".join([*parts, *NOTES]) + "\n" if arms else ""

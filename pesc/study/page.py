@@ -7,7 +7,8 @@ from typing import Any
 
 from pesc.cost import time_text
 from pesc.evaluate.question_tables import format_loss, questions_markdown
-from pesc.evaluate.tables import format_number, markdown_table
+from pesc.evaluate.tables import format_number
+from pesc.markdown import markdown_table
 from pesc.study.costs import ArmCost
 
 HEAD = ("arm", "mean loss", "trained", "tokens/s", "peak memory of a rank", "training", "other stages", "device")
@@ -25,7 +26,7 @@ def study_markdown(results: Mapping[str, Any], description: str, costs: Sequence
     parts += [questions_markdown(found)] if found else []
     if found and found["runs"]:
         parts.append("![held-out loss of every arm, and the differences](plots/questions.svg)")
-    parts += ["## What it took", markdown_table(HEAD, [_row(cost, runs.get(cost.arm)) for cost in costs])]
+    parts += ["## What it took", markdown_table(HEAD, [_row(cost, runs.get(cost.arm)) for cost in costs], numbers=range(1, 7))]
     parts += [f"All results together: {time_text(seconds)}. {NOTE}", "The benchmarks, the data and the routing are in report.html."]
     return "\n\n".join(parts) + "\n"
 

@@ -18,6 +18,7 @@ Key contracts
 - They are made for the column of the UI's page that an artifact gets, some 650 pixels: few columns, short names, long paths in a block.
 """
 
+from pesc.markdown import markdown_table
 from tasks.reporting.artifacts import artifact_key
 from tasks.reporting.care import publish_note
 from tasks.reporting.fit import publish_fit
@@ -25,7 +26,7 @@ from tasks.reporting.plans import lineage_markdown, plan_markdown, publish_linea
 from tasks.reporting.progress import ProgressReport
 from tasks.reporting.results import publish_card, publish_result, publish_routing, publish_training, result_markdown
 from tasks.reporting.runs import publish_cost, publish_history, publish_report, publish_summary
-from tasks.reporting.tables import markdown_table, seconds_text
+from tasks.reporting.tables import seconds_text
 
 __all__ = [
     "ProgressReport",

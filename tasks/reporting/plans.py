@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pesc.build import Outcome
+from pesc.markdown import markdown_table
 from pesc.pipeline import Graph
 from pesc.plan import Plan
 from pesc.store import Manifest, Store
 from tasks.reporting.artifacts import artifact_key, best_effort, tag_run, write_markdown
 from tasks.reporting.drawing import draw_graph
-from tasks.reporting.tables import markdown_table, seconds_text
+from tasks.reporting.tables import seconds_text
 
 
 @best_effort

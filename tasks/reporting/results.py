@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from pesc.build import Outcome
+from pesc.markdown import markdown_table
 from pesc.recipe import Recipe
 from pesc.store import Manifest, Store
 from tasks.reporting.artifacts import artifact_key, best_effort, finish_markdown, write_markdown
-from tasks.reporting.tables import bytes_text, markdown_table, seconds_text, value_text
+from tasks.reporting.tables import bytes_text, seconds_text, value_text
 
 
 @best_effort

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pesc.build import Outcome
+from pesc.markdown import markdown_table
 from pesc.settings import store_url
 from pesc.store import Store
 from tasks.reporting.artifacts import artifact_key, best_effort, write_markdown, write_table
-from tasks.reporting.tables import align_words, markdown_table, seconds_text
+from tasks.reporting.tables import seconds_text
 
 
 @best_effort
@@ -43,7 +44,7 @@ def publish_report(store: Store, recipe: str, outcomes: Mapping[str, Outcome]) -
     """The report's tables, and where its page is."""
     digest = outcomes["report"].ref.digest
     place = store.open(outcomes["report"].ref)
-    text = align_words((place / "report.md").read_text(encoding="utf-8"))
+    text = (place / "report.md").read_text(encoding="utf-8")
     write_markdown(artifact_key("benchmarks", recipe), f"{text}\n\n{page_markdown(store, digest)}\n", f"Results of {recipe}")
     title = f"Report page of {recipe}"
     write_markdown(artifact_key("page", recipe), f"# {title}\n\n{page_markdown(store, digest)}\n", title)

@@ -1,41 +1,13 @@
-"""Markdown tables, and values as text."""
+"""Values as text, for the cells of tables."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-_WORDS = 28
-"""Characters of a cell that is read as a sentence, not as a number."""
 MAX_CELL = 300
 """Characters of a value that a cell shows."""
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table; bars and line breaks inside cells are escaped.  numbers: columns that are aligned to the right."""
-    rule = ["--:" if column in numbers else ":--" for column in range(len(header))]
-    cells = [header, rule, *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells)
-
-
-def align_words(text: str) -> str:
-    """A page whose tables have columns of words to the left, though they were written for numbers, to the right."""
-    lines = text.split("\n")
-    for number, line in enumerate(lines):
-        if not re.fullmatch(r"\|(?: ?:?-+:? ?\|)+", line.strip()):
-            continue
-        last = next((n for n in range(number, len(lines)) if not lines[n].startswith("|")), len(lines))
-        columns = zip(*(_cells(row) for row in lines[number + 1 : last]), strict=False)
-        wide = [any(len(cell) > _WORDS for cell in column) for column in columns]
-        rule = _cells(line)
-        lines[number] = "| " + " | ".join(":--" if index < len(wide) and wide[index] else cell for index, cell in enumerate(rule)) + " |"
-    return "\n".join(lines)
-
-
-def _cells(row: str) -> list[str]:
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip())[1:-1]]
 
 
 def seconds_text(seconds: float) -> str:

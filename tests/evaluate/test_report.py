@@ -16,6 +16,7 @@ from pesc.evaluate import tables
 from pesc.evaluate.config import ReportConfig
 from pesc.evaluate.records import data_funnel, parse_address
 from pesc.evaluate.report import build, choose_samples, results_table
+from pesc.markdown import markdown_table
 from pesc.stage import StageContext
 from tests.evaluate.builders import make_result, make_samples, write_evaluation
 
@@ -338,7 +339,7 @@ def test_a_funnel_accounts_for_every_row():
 def test_numbers_are_written_for_reading():
     assert tables.format_p(0.0004) == "< 0.001"
     assert (tables.format_p(0.0312), tables.format_p(None), tables.format_signed(-1.26)) == ("0.031", "–", "−1.3")
-    assert tables.markdown_table(["a"], [["x|y\nz"]]).splitlines()[2] == "| x\\|y z |"
+    assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[2] == "| x\\|y z |"
 
 
 def test_each_layers_load_is_measured_by_its_own_experts():

@@ -15,7 +15,7 @@ from pesc.evaluate.training_page import live_markdown
 from pesc.run import run_recipe
 from pesc.stage import Progress
 from tasks.reporting import artifacts, fit, lineage_markdown, progress, publish_fit, publish_note, runs
-from tasks.reporting.tables import align_words, bytes_text, value_text
+from tasks.reporting.tables import bytes_text, value_text
 
 
 @pytest.fixture
@@ -73,14 +73,6 @@ def test_the_report_is_a_link_only_where_a_browser_can_follow_it(store, monkeypa
     assert f"{store.root}/objects/{'d' * 64}/report.html" in text
     assert ("[Open the report with its plots](https://files.example.org/store/objects/" in text) == link
     assert "file:" not in text
-
-
-def test_columns_of_words_are_to_the_left_and_numbers_to_the_right():
-    words = "a sentence that is certainly read as a sentence"
-    text = f"before | after\n\n| a | b | c |\n| :-- | --: | --: |\n| x | 1.5 | {words} |\n| y | 2 | \\| |\n\nrest"
-    assert "| :-- | --: | :-- |" in align_words(text)
-    assert align_words(text).replace("| :-- | --: | :-- |", "| :-- | --: | --: |") == text
-    assert align_words("no table | here") == "no table | here"
 
 
 def test_values_are_for_reading():
