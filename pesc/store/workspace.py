@@ -79,10 +79,14 @@ def is_locked(root: Path) -> bool:
 def _acquire(root: Path, label: str, patience: Patience | None) -> int:
     path = root / LOCK_NAME
     while True:
-        root.mkdir(parents=True, exist_ok=True)
         try:
+            root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # the previous holder removed the directory between the two lines
+            continue
+        except FileExistsError:  # or while `mkdir` asked whether what is there is a directory
+            if root.is_file() or root.is_symlink():
+                raise
             continue
         try:
             is_mine = take_lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, root)

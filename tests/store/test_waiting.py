@@ -16,6 +16,7 @@ from pesc.errors import StoreBusyError
 from pesc.pipeline import build_graph
 from pesc.stage import Execution
 from pesc.store import Store
+from pesc.store.workspace import locked_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,3 +105,26 @@ def test_machines_that_train_together_do_not_wait_for_one_another(store, fakes, 
     job = make_job(node, recipe, {address: outcome.ref for address, outcome in outcomes.items()})
     with store.workspace("train", job.fingerprint, job.label), pytest.raises(StoreBusyError, match="is being built by process"):
         build_or_open(Store(store.root), job)
+
+
+def test_a_workspace_that_goes_while_it_is_being_made_is_made_again(tmp_path, monkeypatch):
+    """`mkdir(exist_ok=True)` fails where the holder removes the directory between its two questions."""
+    root, calls, make = tmp_path / "work" / "merge" / "ab", [], os.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if Path(path) == root and not calls:
+            calls.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        return make(path, *args, **kwargs)
+
+    (tmp_path / "work" / "merge").mkdir(parents=True)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with locked_workspace(root, "merge[pesc]") as workspace:
+        assert calls
+        assert workspace.root.is_dir()
+
+
+def test_a_file_where_a_workspace_would_be_is_said(tmp_path):
+    (tmp_path / "ab").write_text("")
+    with pytest.raises(FileExistsError), locked_workspace(tmp_path / "ab", "merge[pesc]"):
+        pass
