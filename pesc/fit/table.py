@@ -77,7 +77,7 @@ def rows_of(fit: ArmFit) -> list[Row]:
         row("in all, a GPU", [_gigabytes(option.need.total) for option in options]),
         row("left", [_gigabytes(fit.usable - option.need.total) for option in options]),
         row("tokens of the run", [f"{fit.tokens / 1e6:,.1f} M" if fit.tokens >= 1e6 else f"{fit.tokens:,}"] * len(options)),
-        row("tokens/s, all GPUs", [_range(option.speed.tokens_per_second, ",.0f") for option in options]),
+        row("tokens/s, all GPUs", [_range(_rounded(option.speed.tokens_per_second), ",.0f") for option in options]),
         row("hours", [_small(option.speed.hours, 0.01, ",.1f" if option.speed.hours[0] >= 1 else ".2g") for option in options]),
         row("US dollars", [_small(option.speed.dollars, 1, ",.0f") for option in options]),
     ]
@@ -90,6 +90,12 @@ def _gigabytes(size: int) -> str:
 def _small(ends: tuple[float, float], least: float, style: str) -> str:
     """The range, or that it is under what anybody counts."""
     return _range(ends, style) if max(ends) >= least else f"under {least:g}"
+
+
+def _rounded(ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends to three digits where they differ: an assumption says no more."""
+    low, high = ends
+    return ends if low == high else (float(f"{low:.3g}"), float(f"{high:.3g}"))
 
 
 def _range(ends: tuple[float, float], style: str) -> str:
