@@ -153,11 +153,13 @@ def progress_bar(label: str, console: Console | None = None) -> Iterator[Callabl
 
 
 def render_report(store: Store, outcome: Outcome) -> str:
-    """The results table of a finished report, and where its page is."""
+    """Of a finished report: the held-out losses and the answer that was asked for, the results table, and where the page is."""
     import json
 
+    from pesc.evaluate.question_tables import summary
     from pesc.evaluate.tables import results_table
 
     place = store.open(outcome.ref)
-    table = results_table(json.loads((place / "results.json").read_text()))
-    return f"\n{table}\n\nReport: {place / 'report.html'}"
+    results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    parts = [*summary(results["held_out"]), results_table(results), f"Report: {place / 'report.html'}"]
+    return "\n" + "\n\n".join(parts)

@@ -7,6 +7,7 @@ mode (templates/page_style.css.j2); one written to a file keeps readable fixed o
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,31 @@ def plot_funnel(funnel: Sequence[tuple[str, int, int, Mapping[str, int]]], reaso
         axes.set_xlim(0, 100)
         axes.set_xlabel("share of the rows read in %, rows in brackets")
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2, handlelength=1)
+        legend_above(figure, *axes.get_legend_handles_labels(), most=3, columnspacing=1.2, handlelength=1)
         return svg_text(figure)
+
+
+def legend_above(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, most: int = 6, columnspacing: float = 2.0, handlelength: float = 2.0
+) -> None:
+    """A legend above the panels, in as many columns as the figure is wide enough for.  Spacings are matplotlib's, in font sizes."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    size = float(STYLE["font.size"])
+    font = FontProperties(family=STYLE["font.family"], size=size)
+    widths = [TextPath((0, 0), label, prop=font).get_extents().width for label in labels]
+    beside = (handlelength + 0.8 + columnspacing) * size  # matplotlib's handletextpad is 0.8
+    space = 72 * figure.get_figwidth() - 2 * size
+    columns = next((n for n in range(min(most, len(labels)), 1, -1) if sum(map(max, _in_columns(widths, n))) + n * beside <= space), 1)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=columnspacing, handlelength=handlelength)
+
+
+def _in_columns(items: Sequence[float], columns: int) -> list[Sequence[float]]:
+    """Items as a legend places them: column by column, the first ones a row longer where they do not come out even."""
+    rows, longer = divmod(len(items), columns)
+    starts = [column * rows + min(column, longer) for column in range(columns + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(starts)]
 
 
 class Drawing(str):

@@ -206,7 +206,7 @@ def plot_history(arms: Mapping[str, Sequence[Point]]) -> str:
     from matplotlib.figure import Figure
 
     from pesc.evaluate.plots import ARM_COLOURS, SPARE_COLOURS
-    from pesc.figures import STYLE, WIDTH, svg_text
+    from pesc.figures import STYLE, WIDTH, legend_above, svg_text
 
     times = sorted({point.time for points in arms.values() for point in points})
     place = {time: number for number, time in enumerate(times)}
@@ -226,5 +226,5 @@ def plot_history(arms: Mapping[str, Sequence[Point]]) -> str:
         axes.set_xlim(-0.5, len(times) - 0.5)
         axes.set_ylabel("score in %" if all(p.percent for points in arms.values() for p in points) else "score")
         axes.set_xlabel("run; bar: 95 % interval")
-        figure.legend(loc="outside upper left", ncols=6)
+        legend_above(figure, *axes.get_legend_handles_labels())
         return svg_text(figure)

@@ -18,13 +18,13 @@ from matplotlib.ticker import MaxNLocator
 from pesc.evaluate.comparison import Cell, Comparison, FigureComparison
 from pesc.evaluate.paired import PairedComparison
 from pesc.evaluate.records import Training
-from pesc.figures import INK, MUTED, plot_funnel
+from pesc.figures import INK, MUTED, legend_above, plot_funnel
 from pesc.figures import STYLE as _STYLE
 from pesc.figures import WIDTH as _WIDTH
 from pesc.figures import svg_text as _svg
 
 ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
-SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8c6bb1", "#8fbc3f", "#a50026", "#7b4b2a")
 
 
 def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
@@ -63,9 +63,7 @@ def plot_scores(comparison: Comparison, kinds: Mapping[str, str], names: Mapping
         axes.grid(axis="y", visible=False)
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda index: labels[index] not in comparison.arms)
-        figure.legend(
-            [handles[i] for i in order], [labels[i] for i in order], loc="outside upper left", ncols=6, handletextpad=0.3, columnspacing=1.4
-        )
+        legend_above(figure, [handles[i] for i in order], [labels[i] for i in order], columnspacing=1.4)
         return _svg(figure)
 
 
@@ -136,7 +134,7 @@ def plot_bars(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[s
         axes.set_ylim(0, 100)
         axes.set_ylabel("score in %, 95 % interval")
         axes.grid(axis="x", visible=False)
-        figure.legend(handles=handles, loc="outside upper left", ncols=6)
+        legend_above(figure, handles, [str(handle.get_label()) for handle in handles])
         return _svg(figure)
 
 
@@ -178,7 +176,7 @@ def plot_radar(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[
         for angle, label in zip(angles[:-1], axes.get_xticklabels(), strict=True):
             side = math.sin(angle)
             label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
-        figure.legend(loc="outside upper left", ncols=6)
+        legend_above(figure, *axes.get_legend_handles_labels())
         return _svg(figure)
 
 
@@ -241,7 +239,7 @@ def plot_training(training: Mapping[str, Training], colours: Mapping[str, str]) 
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=6)
+        legend_above(figure, handles, labels)
         return _svg(figure)
 
 
@@ -264,7 +262,7 @@ def plot_held_out(training: Mapping[str, Training], colours: Mapping[str, str]) 
         figure.supxlabel("optimizer step", fontsize=9)
         figure.supylabel("held-out loss in nats per token", fontsize=9)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=6)
+        legend_above(figure, handles, labels)
         return _svg(figure)
 
 

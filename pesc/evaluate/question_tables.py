@@ -97,6 +97,14 @@ def run_head(found: Mapping[str, Any]) -> Sequence[str]:
     return ("arm", "run", "trained as", "mean loss", *found["domains"], "parameters", "trained")
 
 
+def summary(found: Mapping[str, Any] | None) -> list[str]:
+    """The losses of the arms and the answer to the primary question; nothing where a report has none.  found: results.json's `held_out`."""
+    if not found or not found["runs"]:
+        return []
+    head = group_head(found)
+    return [markdown_table(head, group_rows(found), range(1, len(head))), *filter(None, [primary_sentence(found)])]
+
+
 def questions_markdown(found: Mapping[str, Any]) -> str:
     """The answers, then every arm and every run."""
     parts = []

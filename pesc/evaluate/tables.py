@@ -53,6 +53,8 @@ def published_mark(figures: Sequence[Mapping[str, Any]]) -> str:
 NOT_COMPARABLE = (
     "† measured in another way than the published figure, so it is context and no comparison; (†) in another way for some arms."
 )
+MOST_COLUMNS = 7
+"""Of scores, beside one another in a table."""
 LIMITED = "‡ not every question was asked."
 
 
@@ -85,7 +87,8 @@ def format_number(value: Any) -> str:
 def results_table(results: Mapping[str, Any]) -> str:
     """The headline table of a report's results.json, with what its marks mean.
 
-    A row a benchmark, a column an arm, then the published figures († not comparable); ‡ where not every question was asked.
+    A row a benchmark, a column an arm, then the published figures († not comparable); ‡ where not every question was asked.  More than
+    `MOST_COLUMNS` of arms and figures are rows, and benchmarks the columns.
     """
     comparison, names = results["comparison"], results["names"]
     systems = results["systems"]
@@ -98,7 +101,11 @@ def results_table(results: Mapping[str, Any]) -> str:
         measured = [_measured(cells[arm], all_cells) if arm in cells else "–" for arm in comparison["arms"]]
         rows.append([names.get(benchmark, benchmark), format_setting(all_cells), *measured, *published])
     head = ["benchmark", "setting", *comparison["arms"], *systems.values()]
-    table = markdown_table(head, rows, numbers=range(2, len(head)))
+    if len(head) - 2 > MOST_COLUMNS:
+        head, *rows = (list(column) for column in zip(head, *rows, strict=True))
+        table = markdown_table(head, rows, numbers=range(1, len(head)))
+    else:
+        table = markdown_table(head, rows, numbers=range(2, len(head)))
     return "\n\n".join([table, *mark_notes(results)])
 
 
@@ -157,10 +164,18 @@ def format_items(pair: Mapping[str, Any]) -> str:
 
 
 def verdict_lines(results: Mapping[str, Any]) -> list[str]:
-    """One sentence an arm and system, and an arm and control: the verdict, what it rests on, and what could not have been seen."""
+    """One sentence an arm and system, and an arm and control: the verdict, what it rests on, and what could not have been seen.
+
+    Where an arm was trained several times it is of all its runs; each run by itself stands in the tables.
+    """
+    several = {*results["replicates"], *(run for runs in results["replicates"].values() for run in runs)} if run_means(results) else set()
     return [
         *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in results["comparison"]["verdicts"]),
-        *(f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})" for m in results["comparison"]["paired_means"]),
+        *(
+            f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})"
+            for m in results["comparison"]["paired_means"]
+            if m["arm"] not in several
+        ),
         *(f"{p['arm']} against {p['control']} over training runs: {p['verdict']} ({runs_basis(p)})" for p in run_means(results)),
     ]
 

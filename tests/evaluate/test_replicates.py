@@ -13,6 +13,7 @@ from pesc.errors import EvaluationError, RecipeError
 from pesc.evaluate.baselines import load_baselines
 from pesc.evaluate.comparison import compare
 from pesc.evaluate.replicates import Difference, groups_of, runs_difference, score_matrix
+from pesc.evaluate.tables import MOST_COLUMNS, results_table, verdict_lines
 from tests.evaluate.builders import make_result, make_samples, write_evaluation
 from tests.evaluate.test_report import run as build_report
 
@@ -122,6 +123,25 @@ def test_the_report_shows_runs_and_no_longer_says_that_the_spread_is_unknown(tmp
         assert "Over several training runs" in text
         assert "2 and 2 runs that spread by" in text
     assert "how much another seed would differ is not known" not in (out / "report.html").read_text()
+    lines = verdict_lines(results)
+    assert len(lines) == len({line.partition(":")[0] for line in lines})
+    assert [line for line in lines if "against control" in line] == [line for line in lines if "over training runs" in line], "no run alone"
+
+
+def test_many_arms_are_rows_of_the_results_table(tmp_path):
+    arms = ["control", *(f"sparse-{index}" for index in range(MOST_COLUMNS))]
+    inputs = {
+        f"evaluate[{arm}/{task}]": write_evaluation(tmp_path / arm / task, [1, 0] * 50, task=task)
+        for arm in arms
+        for task in ("mmlu", "gsm8k")
+    }
+    results = json.loads((build_report(tmp_path, inputs) / "results.json").read_text())
+    head, rule, setting, *rows = results_table(results).split("\n\n")[0].splitlines()
+    assert head == "| benchmark | MMLU | GSM8K |"
+    assert rule == "| :-- | --: | --: |"
+    assert setting.startswith("| setting | ")
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [*results["comparison"]["arms"], *results["systems"].values()]
+    assert all(row.count(" | ") == 2 for row in rows)
 
 
 def test_a_recipe_whose_replicates_are_no_arms_is_refused(tiny_recipe):

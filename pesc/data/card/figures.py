@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pesc.figures import MUTED, STYLE, WIDTH, svg_text
+from pesc.figures import MUTED, STYLE, WIDTH, legend_above, svg_text
 
 DOMAIN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f8790")
 _BINS = 48
@@ -63,5 +63,5 @@ def plot_turns(turns: Mapping[str, Counter[int]]) -> str:
         axes.set_xlabel("user turns in a row")
         axes.set_ylabel("share of rows in %")
         axes.grid(axis="x", visible=False)
-        figure.legend(loc="outside upper left", ncols=6, handlelength=1)
+        legend_above(figure, *axes.get_legend_handles_labels(), handlelength=1)
         return svg_text(figure)
