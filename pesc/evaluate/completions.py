@@ -37,8 +37,8 @@ UNDERSTOOD = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "to
 """Settings of a generation that mean the same to the server as to transformers."""
 _EMPTY = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1}
 """Settings that ask for nothing where they have this value."""
-_NOT_JSON = ("not JSON compliant", "NaN")
-"""What a server says that was to write a number that is none."""
+_NOT_JSON = "Out of range float values are not JSON compliant"
+"""What Python says where a server was to write a number that is none; a status of 500 or, from vLLM, of 400."""
 _MINUS_INFINITY = -9999.0
 """What vLLM writes for a log-probability of minus infinity."""
 
@@ -148,7 +148,7 @@ class CompletionsLM(_Base):
         async with session.post(self.base_url, json=payload) as response:
             text = await response.text()
         if response.status != 200:
-            if response.status >= 500 and any(sign in text for sign in _NOT_JSON):
+            if _NOT_JSON in text or (response.status >= 500 and "NaN" in text):
                 raise NotFiniteError
             raise RefusedError(response.status, _said(text))
         outputs = json.loads(text)

@@ -37,11 +37,16 @@ def rule(found: Mapping[str, Any]) -> str:
     return RULE.format(smallest=found["smallest_difference"])
 
 
+def primary_answer(found: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The answer to the primary question, where there is one."""
+    return next((answer for answer in (found or {}).get("answers", ()) if answer["kind"] == "primary"), None)
+
+
 def primary_sentence(found: Mapping[str, Any]) -> str:
     """The answer to the primary question in a sentence; empty where none was asked."""
     if found["smallest_difference"] is None:
         return ""
-    answer = next((answer for answer in found["answers"] if answer["kind"] == "primary"), None)
+    answer = primary_answer(found)
     if answer is None:
         return f"Primary question: no answer. {' '.join(found['unanswered'])}"
     return (

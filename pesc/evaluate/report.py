@@ -339,5 +339,6 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
         r=results, plots=inlined, samples=samples, colours=_colours(kinds, results["replicates"]), figure_rows=tables.figure_rows(results),
         mark_notes=tables.mark_notes(results), evaluation=evaluation, keys={name: key for key, name in results["names"].items()},
         missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]}, routing=routing, routing_tables=routing_tables,
-        question_tables=question_tables,
+        question_tables=question_tables, further=tables.further_runs(results), verdicts=tables.headline_verdicts(results),
+        means=tables.headline_means(results), run_means=tables.run_means(results), is_wide=tables.is_wide(results),
     )  # fmt: skip

@@ -101,7 +101,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         measured = [_measured(cells[arm], all_cells) if arm in cells else "–" for arm in comparison["arms"]]
         rows.append([names.get(benchmark, benchmark), format_setting(all_cells), *measured, *published])
     head = ["benchmark", "setting", *comparison["arms"], *systems.values()]
-    if len(head) - 2 > MOST_COLUMNS:
+    if is_wide(results):
         head, *rows = (list(column) for column in zip(head, *rows, strict=True))
         table = markdown_table(head, rows, numbers=range(1, len(head)))
     else:
@@ -168,16 +168,34 @@ def verdict_lines(results: Mapping[str, Any]) -> list[str]:
 
     Where an arm was trained several times it is of all its runs; each run by itself stands in the tables.
     """
-    several = {*results["replicates"], *(run for runs in results["replicates"].values() for run in runs)} if run_means(results) else set()
+    verdicts, means = headline_verdicts(results), headline_means(results)
     return [
-        *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in results["comparison"]["verdicts"]),
-        *(
-            f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})"
-            for m in results["comparison"]["paired_means"]
-            if m["arm"] not in several
-        ),
+        *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in verdicts),
+        *(f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})" for m in means),
         *(f"{p['arm']} against {p['control']} over training runs: {p['verdict']} ({runs_basis(p)})" for p in run_means(results)),
     ]
+
+
+def further_runs(results: Mapping[str, Any]) -> set[str]:
+    """Arms that are another arm trained again."""
+    return {run for runs in results.get("replicates", {}).values() for run in runs}
+
+
+def headline_verdicts(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Arms against published systems: of an arm that was trained several times its first run."""
+    further = further_runs(results)
+    return [verdict for verdict in results["comparison"]["verdicts"] if verdict["arm"] not in further]
+
+
+def headline_means(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Arms against the control on the same items, of the arms that have no mean over several runs."""
+    left = further_runs(results) | {pair["arm"] for pair in run_means(results)}
+    return [mean for mean in results["comparison"]["paired_means"] if mean["arm"] not in left]
+
+
+def is_wide(results: Mapping[str, Any]) -> bool:
+    """Whether the headline table has arms as rows."""
+    return len(results["comparison"]["arms"]) + len(results["systems"]) > MOST_COLUMNS
 
 
 def run_means(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:

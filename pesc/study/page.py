@@ -25,7 +25,7 @@ def study_markdown(results: Mapping[str, Any], description: str, costs: Sequence
     parts = [f"# {results['title']}", f"{description}."]
     parts += [questions_markdown(found)] if found else []
     if found and found["runs"]:
-        parts.append("![held-out loss of every arm, and the differences](plots/questions.svg)")
+        parts.append("![held-out loss of every arm, and the differences](plots/questions.png)")
     parts += ["## What it took", markdown_table(HEAD, [_row(cost, runs.get(cost.arm)) for cost in costs], numbers=range(1, 7))]
     parts += [f"All results together: {time_text(seconds)}. {NOTE}", "The benchmarks, the data and the routing are in report.html."]
     return "\n\n".join(parts) + "\n"

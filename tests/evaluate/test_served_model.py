@@ -152,6 +152,9 @@ def test_what_the_server_cannot_do_is_a_sentence(tmp_path, model_dir, tiny):
     server.answer = lambda body: (200, {"choices": [_echo(values[: 1 + len(body["prompt"][0]) - 2] + values[-2:])]})
     with pytest.raises(EvaluationError, match="logits are not finite numbers"):
         second.loglikelihood(_instances("loglikelihood", [("The sun", " rises")]))
+    server.answer = lambda body: (400, {"error": {"message": "Out of range float values are not JSON compliant", "code": 400}})  # vLLM's
+    with pytest.raises(EvaluationError, match="logits are not finite numbers"):
+        second.loglikelihood(_instances("loglikelihood", [("The sun", " rises")]))
     second.close()
 
 

@@ -1,11 +1,16 @@
 """The study's recipes: arms that differ in nothing but what is asked about, and a control of equal size."""
 
+import re
+import statistics
+from pathlib import Path
+
 import pytest
 
 from pesc.pipeline import build_graph
 from pesc.recipe import load_recipe
 from pesc.train.blocks import PackedBlocks
 from pesc.train.order import BlockOrder, count_steps
+from tests.study.test_study import table_of
 from tests.train.tiny import write_blocks
 
 NAMES = ("study/smollm2", "study/smollm2-6-layers")
@@ -118,3 +123,30 @@ def test_the_matched_control_has_the_parameters_that_the_recipe_says(tmp_path):
     for arm in ("pesc", "qlora-matched"):
         lora = recipe.train_of(arm).lora
         assert lora.alpha / lora.rank == 1
+
+
+def test_the_readme_says_what_the_committed_study_says():
+    """The figures of the README's table and sentences are those of the study.md beside the benchmarks."""
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "tests/benchmarks/study/study.md").read_text()
+    readme = (root / "README.md").read_text()
+    section = readme[readme.index("### Results of the study") : readme.index("## The sparse layer")]
+    groups = [row for row in table_of(page, "## Held-out loss") if "[" in row[2]]
+    losses = {row[0]: [f"{float(number):.2f}" for number in re.findall(r"\d+\.\d+", row[2])] for row in groups}
+    said = {row[0].split("`")[1]: re.findall(r"\d+\.\d+", row[2]) for row in table_of(section, "nats per token, 3 seeds") if "`" in row[0]}
+    assert said == losses
+    took = [row for row in table_of(page, "## What it took") if row[0] != "base"]
+    for row in table_of(section, "nats per token, 3 seeds"):
+        runs = [cells for cells in took if re.sub(r"-s\d$", "", cells[0]) == row[0].split("`")[1]]
+        assert len(runs) == 3
+        assert row[3] == f"{statistics.median(float(cells[3]) for cells in runs):.0f}"
+        assert row[4] == f"{statistics.median(float(cells[4].split()[0]) for cells in runs):.2f} GB"
+    answers = {(row[0], row[1], row[2]): re.findall(r"[−+]\d+\.\d+", row[3]) for row in table_of(page, "## Pre-registered questions")}
+    for key, sentence in {
+        ("primary", "pesc − qlora-matched", "mean"): "It cannot be told:** {}",
+        ("secondary", "pesc − qlora", "mean"): "against the same LoRA alone it is better, {}",
+        ("secondary", "upcycle-full − pesc", "mean"): "learnt more than all others, {}",
+    }.items():
+        difference, low, high = (f"{float(number.replace('−', '-')):+.2f}".replace("-", "−") for number in answers[key])
+        assert sentence.format(f"{difference} [{low}, {high}]") in section
+    assert (root / "tests/benchmarks/study/plots/questions.png").read_bytes()[:4] == b"\x89PNG"

@@ -110,7 +110,7 @@ def test_one_command_writes_the_verdict_and_every_arm_and_seed_with_what_it_took
     assert rows["pesc-s2"][2:5] == ["640", "102", "2.00 GB"]
     assert rows["pesc-s2"][7] == "2 × cpu, 1 threads a rank"
     assert (rows["base"][2:6], rows["base"][7]) == (["–", "–", "–", "–"], "cpu")
-    assert (tmp_path / "out" / "plots" / "questions.svg").is_file()
+    assert all((tmp_path / "out" / "plots" / f"questions.{kind}").is_file() for kind in ("svg", "png"))
     assert "how much another seed would differ is not known" not in (tmp_path / "out" / "report.html").read_text()
     assert list(results["training"]) == ["pesc", "pesc-s2", "qlora", "qlora-s2"]
 
