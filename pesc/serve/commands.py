@@ -76,7 +76,7 @@ def serve(
     from pesc.serve.server import ServerOptions, build_argv, check_options, run_server, termination_as_interrupt
 
     place = find_model(model, store or store_root(), chat_template)
-    name = served_model_name or (model if place.address else place.directory.resolve().name)
+    name = served_model_name or (model if place.address else Path(os.path.abspath(place.directory)).name)  # a link keeps its name
     options = ServerOptions(host, port, name, max_model_len, str(dtype), tensor_parallel_size, trust_remote_code, tuple(extra or ()))
     check_options(options)
     vllm = find_vllm(python or vllm_python())

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -203,8 +204,12 @@ def standing_in(fake_python):
 def test_it_says_the_address_and_ends_cleanly(models, standing_in, tmp_path, monkeypatch, number):
     monkeypatch.setenv("PESC_TEST_MARK", tmp_path.name)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process, url = start(models[0], standing_in, log=tmp_path / "log")
+    (tmp_path / "linked").symlink_to(models[0])
+    process, url = start(tmp_path / "linked", standing_in, log=tmp_path / "log")
     assert url.endswith("/v1")
+    assert "linked" in subprocess.check_output(["ps", "-ww", "--ppid", str(process.pid), "-o", "args="], text=True).split(), (
+        "the name as given"
+    )
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0
