@@ -12,9 +12,17 @@ from pesc.figures import STYLE, WIDTH, legend_above, svg_text
 ARMS = ["pesc", "pesc-bias", "pesc-ffn-input", "pesc-no-balance", "pesc-r256", "qlora", "qlora-matched", "upcycle-full", "base"]
 
 
-@pytest.mark.parametrize("names", [ARMS, ARMS[:3], [*ARMS, "GPT-3.5 (dotted: other settings)"], ["an arm whose name is long " * 6]])
-@pytest.mark.parametrize("handlelength", [1.0, 2.0])
-def test_a_legend_stays_inside_its_figure(names, handlelength):
+@pytest.mark.parametrize(
+    ("names", "handlelength", "wanted"),
+    [
+        (ARMS, 2.0, 5),
+        (ARMS, 1.0, 6),
+        (ARMS[:3], 2.0, 3),
+        ([*ARMS, "GPT-3.5 (dotted: other settings)"], 2.0, 4),
+        (["long " * 14] * 2, 2.0, 1),
+    ],
+)
+def test_a_legend_stays_inside_its_figure_and_uses_its_width(names, handlelength, wanted):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3))
         axes = figure.add_subplot()
@@ -23,10 +31,8 @@ def test_a_legend_stays_inside_its_figure(names, handlelength):
         legend_above(figure, *axes.get_legend_handles_labels(), handlelength=handlelength)
         svg_text(figure)
         (legend,) = figure.legends
-        assert legend.get_window_extent().x1 <= figure.bbox.x1 or len(names) == 1
-        columns = len({round(text.get_window_extent().x0) for text in legend.get_texts()})
-    assert columns == (3 if len(names) == 3 else 1 if len(names) == 1 else columns)
-    assert columns > 1 or len(names) == 1, "it uses the width it has"
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+        assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == wanted
 
 
 def test_nine_arms_have_nine_colours():

@@ -25,7 +25,7 @@ from pesc.evaluate.question_tables import questions_markdown
 from pesc.evaluate.questions import compare_losses
 from pesc.evaluate.records import Records, data_funnel, parse_address, read_records
 from pesc.evaluate.results import BenchmarkResult, Sample, read_result, read_samples
-from pesc.evaluate.tables import report_markdown, results_table
+from pesc.evaluate.tables import further_runs, report_markdown, results_table
 from pesc.figures import Drawing
 from pesc.routing.results import RoutingResult
 from pesc.routing.tables import routing_markdown
@@ -134,7 +134,7 @@ def _held_out(config: ReportConfig, records: Records, arms: Sequence[str]) -> di
 
 def first_runs(kinds: Mapping[str, str], replicates: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The arms that get curves and pictures of their own: all but further runs of another one."""
-    further = {name for names in replicates.values() for name in names}
+    further = further_runs(replicates)
     return {arm: kind for arm, kind in kinds.items() if arm not in further}
 
 
@@ -339,6 +339,6 @@ def render_page(results: Mapping[str, Any], plots: Mapping[str, str], samples: S
         r=results, plots=inlined, samples=samples, colours=_colours(kinds, results["replicates"]), figure_rows=tables.figure_rows(results),
         mark_notes=tables.mark_notes(results), evaluation=evaluation, keys={name: key for key, name in results["names"].items()},
         missing=holes_sentence(results), origins={entry["address"] for entry in results["origins"]}, routing=routing, routing_tables=routing_tables,
-        question_tables=question_tables, further=tables.further_runs(results), verdicts=tables.headline_verdicts(results),
+        question_tables=question_tables, further=further_runs(results["replicates"]),
         means=tables.headline_means(results), run_means=tables.run_means(results), is_wide=tables.is_wide(results),
     )  # fmt: skip

@@ -166,30 +166,23 @@ def format_items(pair: Mapping[str, Any]) -> str:
 def verdict_lines(results: Mapping[str, Any]) -> list[str]:
     """One sentence an arm and system, and an arm and control: the verdict, what it rests on, and what could not have been seen.
 
-    Where an arm was trained several times it is of all its runs; each run by itself stands in the tables.
+    Against the control an arm that was trained several times is all its runs; each by itself stands in the tables.
     """
-    verdicts, means = headline_verdicts(results), headline_means(results)
     return [
-        *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in verdicts),
-        *(f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})" for m in means),
+        *(f"{v['arm']} outperforms {v['name']}: {v['outperforms']} ({verdict_basis(v)})" for v in results["comparison"]["verdicts"]),
+        *(f"{m['arm']} against {m['control']}: {m['verdict']} ({mean_basis(m)})" for m in headline_means(results)),
         *(f"{p['arm']} against {p['control']} over training runs: {p['verdict']} ({runs_basis(p)})" for p in run_means(results)),
     ]
 
 
-def further_runs(results: Mapping[str, Any]) -> set[str]:
-    """Arms that are another arm trained again."""
-    return {run for runs in results.get("replicates", {}).values() for run in runs}
-
-
-def headline_verdicts(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Arms against published systems: of an arm that was trained several times its first run."""
-    further = further_runs(results)
-    return [verdict for verdict in results["comparison"]["verdicts"] if verdict["arm"] not in further]
+def further_runs(replicates: Mapping[str, Sequence[str]]) -> set[str]:
+    """Arms that are another arm trained again.  replicates: arm -> its further runs."""
+    return {run for runs in replicates.values() for run in runs}
 
 
 def headline_means(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Arms against the control on the same items, of the arms that have no mean over several runs."""
-    left = further_runs(results) | {pair["arm"] for pair in run_means(results)}
+    left = further_runs(results.get("replicates", {})) | {pair["arm"] for pair in run_means(results)}
     return [mean for mean in results["comparison"]["paired_means"] if mean["arm"] not in left]
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from pesc.devices import PRICES_OF
 from pesc.fit.planner import ArmFit, Option, Question
 from pesc.fit.speed import UTILISATION
+from pesc.markdown import markdown_table
 from pesc.train.memory.need import CONTEXT_BYTES, FRAGMENTATION, NCCL_BYTES
 from pesc.train.memory.trained import count_parameters
 
@@ -157,9 +158,8 @@ def fits_markdown(recipe: str, fits: Sequence[ArmFit], question: Question) -> st
     parts = [f"# Training of {recipe}: does it fit?"]
     for fit in fits:
         head, _, trained = head_of(recipe, fit, question).partition("; ")
-        rows = [f"| {label} | {as_set} | {best} |" for label, as_set, best in rows_of(fit)]
         parts += [f"## {fit.arm}", f"{head.partition(': ')[2]}; {trained}.", f"**{verdict_of(fit)}**"]
-        parts += ["\n".join(["| of one GPU | as set | recommended |", "| :-- | --: | --: |", *rows])]
+        parts += [markdown_table(("of one GPU", "as set", "recommended"), rows_of(fit), numbers=(1, 2))]
     return "\n\n".join([*parts, "## Where the numbers are from", "\n".join(f"- {note}" for note in notes_of(fits, question))])
 
 

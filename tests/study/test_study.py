@@ -103,6 +103,7 @@ def test_one_command_writes_the_verdict_and_every_arm_and_seed_with_what_it_took
     text = (tmp_path / "out" / "study.md").read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "Primary question, pesc against qlora: worse (+" in text
+    assert "Primary question, pesc against qlora: worse (+" in done.output
     rows = {row[0]: row for row in table_of(text, "## What it took")}
     assert list(rows) == ["pesc", "pesc-s2", "qlora", "qlora-s2", "base"]
     means = {entry["arm"]: f"{entry['mean']:.4f}" for entry in results["held_out"]["runs"]}
