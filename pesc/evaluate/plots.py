@@ -26,6 +26,9 @@ from pesc.figures import svg_text as _svg
 ARM_COLOURS = {"pesc": "#0072b2", "qlora": "#d55e00", "dense": "#7f8790"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8c6bb1", "#8fbc3f", "#a50026", "#7b4b2a")
 
+MOST_BANDS = 4
+"""Intervals over one another that can still be told apart."""
+
 
 def arm_colours(kinds: Mapping[str, str]) -> dict[str, str]:
     """A colour an arm: the kind's own for its first arm, spare ones for more arms of a kind."""
@@ -152,7 +155,7 @@ def _first_figures(comparison: Comparison, benchmark: str) -> list[FigureCompari
 def plot_radar(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[str, str]) -> str | None:
     """Scores in percent on spokes from 0 to 100, a line an arm with its interval as a band; None below three benchmarks that all arms have.
 
-    The area says nothing: it changes with the order of the spokes.
+    More than `MOST_BANDS` arms have no bands: they would hide one another.  The area says nothing: it changes with the order of the spokes.
     """
     common = [b for b in comparison.benchmarks if all((c := comparison.cell(arm, b)) and c.percent for arm in comparison.arms)]
     if len(common) < 3:
@@ -167,7 +170,8 @@ def plot_radar(comparison: Comparison, kinds: Mapping[str, str], names: Mapping[
         axes.set_theta_direction(-1)  # type: ignore[attr-defined]
         for arm in comparison.arms:
             cells = [cell for b in [*common, common[0]] if (cell := comparison.cell(arm, b))]
-            axes.fill_between(angles, [c.low for c in cells], [c.high for c in cells], color=colours[arm], alpha=0.18, linewidth=0)
+            if len(comparison.arms) <= MOST_BANDS:
+                axes.fill_between(angles, [c.low for c in cells], [c.high for c in cells], color=colours[arm], alpha=0.18, linewidth=0)
             axes.plot(angles, [c.value for c in cells], color=colours[arm], linewidth=1.5, label=arm)
         limited = {c.benchmark for c in comparison.cells if _is_limited(c)}
         axes.set_xticks(angles[:-1], [names.get(b, b) + ("‡" if b in limited else "") for b in common])

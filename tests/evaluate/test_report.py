@@ -171,12 +171,18 @@ def test_a_radar_is_drawn_over_three_benchmarks_that_all_arms_have(tmp_path, mon
     drawn.clear()
     out = run(tmp_path / "2", inputs)
     (line,) = drawn[2].axes[0].get_lines()
+    assert len(drawn[2].axes[0].collections) == 1, "its interval as a band"
     names = [label.get_text() for label in drawn[2].axes[0].get_xticklabels()]
     assert dict(zip(names, line.get_ydata().tolist(), strict=False)) == {"MMLU": 60, "GSM8K": 30, "ARC-Easy": 100, "PIQA": 80}
     assert line.get_ydata()[0] == line.get_ydata()[-1]
     for name in ("scores", "bars", "radar"):
         assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "The area has no meaning" in (out / "report.html").read_text()
+    folders = {address[len("evaluate[base/") : -1]: folder for address, folder in inputs.items()}
+    crowd = {f"evaluate[arm-{number}/{name}]": folder for number in range(plots.MOST_BANDS + 1) for name, folder in folders.items()}
+    drawn.clear()
+    run(tmp_path / "3", crowd)
+    assert (len(drawn[2].axes[0].get_lines()), len(drawn[2].axes[0].collections)) == (plots.MOST_BANDS + 1, 0)
 
 
 def test_what_could_not_have_been_seen_is_said(tmp_path, inputs):
