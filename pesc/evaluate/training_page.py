@@ -15,6 +15,7 @@ from typing import Any
 
 from pesc.data_uri import as_data_uri
 from pesc.evaluate.records import Training, read_training
+from pesc.markdown import markdown_table
 
 _ROUTER = re.compile(r"layers\.(\d+)\..*(?:router|gate)\.weight$")
 _LIVE_POINTS = 600
@@ -26,9 +27,12 @@ def training_markdown(title: str, folder: Path, events: Path) -> str:
     run = read_training(folder)
     if run is None:
         raise FileNotFoundError(f"{folder} has no training record")
-    parts = [f"# {title}", _table(["", ""], list(_facts(run, read_steps(events))))]
+    parts = [f"# {title}", markdown_table(["", ""], list(_facts(run, read_steps(events))))]
     if run.held_out:
-        parts += ["## Held-out loss, nats per token", _table(["domain", "before", "after"], list(_held_out_rows(run)))]
+        parts += [
+            "## Held-out loss, nats per token",
+            markdown_table(["domain", "before", "after"], list(_held_out_rows(run)), numbers=(1, 2)),
+        ]
     parts += [f"![{label}]({as_data_uri(svg)})" for label, svg in _plots(run, folder).items()]
     return "\n\n".join(parts) + "\n"
 
@@ -42,9 +46,12 @@ def live_markdown(title: str, events: Path, line: str) -> str | None:
         return None
     parts = [f"# {title}", f"Under way: {line}"]
     if facts := list(_facts(run, steps)):
-        parts.append(_table(["", ""], [fact for fact in facts if fact[0] != "method"]))
+        parts.append(markdown_table(["", ""], [fact for fact in facts if fact[0] != "method"]))
     if run.held_out:
-        parts += ["## Held-out loss, nats per token", _table(["domain", "before", "now"], list(_held_out_rows(run)))]
+        parts += [
+            "## Held-out loss, nats per token",
+            markdown_table(["domain", "before", "now"], list(_held_out_rows(run)), numbers=(1, 2)),
+        ]
     return "\n\n".join([*parts, *(f"![{label}]({as_data_uri(svg)})" for label, svg in drawn.items())]) + "\n"
 
 
@@ -124,7 +131,3 @@ def count_experts(folder: Path) -> dict[int, int]:
                 if found := _ROUTER.search(name):
                     counts[int(found[1])] = file.get_slice(name).get_shape()[0]
     return dict(sorted(counts.items()))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
