@@ -101,16 +101,46 @@ class Recipe(StageConfig):
             )
         if unknown := set(self.mix.dataset_weights) - set(self.dedup.datasets):
             raise ValueError(f"mix.dataset_weights names {min(unknown)!r}, which is not among dedup.datasets")
+        if "control_arm" in self.report.model_fields_set and self.report.control_arm not in self.arms:
+            raise ValueError(
+                f"report.control_arm names the arm {self.report.control_arm!r}, which is not among the arms ({', '.join(self.arms)})"
+            )
+        for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
+            self.upcycle_of(arm)
+            self.train_of(arm)
+        self._check_replicates()
+        if self.heldout.enabled and self.mix.held_out == 0:
+            raise ValueError("heldout.enabled measures the rows that mix.held_out keeps out of training, and mix.held_out is 0")
+        self._check_questions()
+        return self
+
+    def _check_replicates(self) -> None:
+        """Further runs of an arm are that arm with another seed: else their spread would be no spread from seed to seed."""
         runs = [*self.report.replicates, *(name for names in self.report.replicates.values() for name in names)]
         if unknown := [name for name in runs if name not in self.arms]:
             raise ValueError(f"report.replicates names the arm {unknown[0]!r}, which is not among the arms ({', '.join(self.arms)})")
         if repeated := [name for name in runs if runs.count(name) > 1]:
             raise ValueError(f"report.replicates names the arm {repeated[0]!r} twice")
-        self._check_questions()
-        for arm in self.arms:  # an arm's overrides are checked when the recipe is read, not when its stage runs
-            self.upcycle_of(arm)
-            self.train_of(arm)
-        return self
+        for arm, others in self.report.replicates.items():
+            ours = self._settings_of(arm)
+            for name in others:
+                theirs = self._settings_of(name)
+                if different := next((key for key in ours if ours[key] != theirs[key]), None):
+                    raise ValueError(
+                        f"report.replicates says that {name} is {arm} trained with another seed, but {different} differs "
+                        f"({ours[different]!r} and {theirs[different]!r})"
+                    )
+            seeds = [self.train_of(name).seed for name in (arm, *others)]
+            if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+                raise ValueError(
+                    f"report.replicates says that {', '.join(others)} are {arm} trained with other seeds, but train.seed {twice[0]} is there twice"
+                )
+
+    def _settings_of(self, arm: str) -> dict[str, Any]:
+        """Dotted settings that make an arm what it is, without its seeds."""
+        parts = {"upcycle": self.upcycle_of(arm), "train": self.train_of(arm)}
+        settings = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.model_dump().items() if key != "seed"}
+        return {"method": self.arms[arm].method} | settings
 
     def _check_questions(self) -> None:
         """A pre-registered question that no run could answer is told now."""
@@ -127,6 +157,12 @@ class Recipe(StageConfig):
                     f"report.preregistration names the arm {name!r}, which is trained once: a difference between two runs says nothing of the "
                     "spread from seed to seed; add arms with other seeds, and report.replicates"
                 )
+        pairs = [frozenset((question.arm, question.control)) for question in asked.questions]
+        for question, pair in zip(asked.questions, pairs, strict=True):
+            if len(pair) == 1:
+                raise ValueError(f"report.preregistration compares the arm {question.arm!r} with itself")
+            if pairs.count(pair) > 1:
+                raise ValueError(f"report.preregistration asks twice about {question.arm} and {question.control}: one question is one test")
         for question in asked.questions:
             ours, theirs = ((name, *self.report.replicates[name]) for name in (question.arm, question.control))
             seeds = [[self.train_of(name).seed for name in names] for names in (ours, theirs)]

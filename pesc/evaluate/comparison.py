@@ -47,8 +47,8 @@ RULES = (
     "“Resolves from” is the smallest difference that this many items show with 95 % confidence in four of five such measurements, before any "
     "correction. Each arm against each system is a question of its own, without a correction over them.",
     "One training run an arm says nothing of how much another seed would differ; those intervals are about the questions, not about the training. "
-    "Where both arms were trained several times (`report.replicates`), the spread from run to run is part of the interval: Student's, with Welch "
-    "and Satterthwaite's degrees of freedom.",
+    "Where both arms were trained several times (`report.replicates`), the spread from run to run is part of the interval, by "
+    "Student's distribution: the runs with their few degrees of freedom, the questions with theirs (Banerjee's).",
 )
 
 

@@ -15,7 +15,8 @@ COLOUR = "#0072b2"
 
 
 def plot_questions(found: Mapping[str, Any]) -> str:
-    """Left: a row an arm, dots the runs, bar the 95 % interval over seeds.  Right: differences (arm minus control), the band those that count as none.
+    """Left: a row an arm, dots the runs, bar the 95 % interval over seeds.  Right: differences (arm minus control); hollow: it cannot be told, which a
+    secondary question's interval alone does not show (Holm); the band is what counts as none.
 
     Arms as they came are left out on the left where they are not trained: their loss is of another size.  found: `HeldOutComparison` as data.
     """
@@ -50,8 +51,14 @@ def _draw_answers(axes: Any, answers: list[Any], smallest: float) -> None:
     for row, answer in enumerate(answers):
         colour = INK if answer["kind"] == "primary" else COLOUR
         axes.plot([answer["low"], answer["high"]], [row, row], color=colour, linewidth=1.6)
-        axes.plot([answer["difference"]], [row], "D" if answer["kind"] == "primary" else "o", markersize=5, color=colour)
+        filled = "white" if answer["verdict"] == "cannot tell" else colour
+        axes.plot(
+            [answer["difference"]], [row], "D" if answer["kind"] == "primary" else "o", markersize=5, color=colour, markerfacecolor=filled
+        )
     axes.set_yticks(range(len(answers)), [f"{answer['arm']} −\n{answer['control']}" for answer in answers], fontsize=7)
     axes.set_ylim(len(answers) - 0.5, -0.5)
-    axes.set_xlabel("difference, 95 % interval; below 0: better\ndiamond: the primary question", fontsize=8)
+    axes.set_xlabel(
+        "difference, nats per token, 95 % interval\nbelow 0: better; diamond: primary question\nhollow: cannot tell (after Holm)",
+        fontsize=8,
+    )
     axes.grid(axis="y", visible=False)

@@ -11,9 +11,11 @@ from pesc.markdown import markdown_table
 HEADING = "Pre-registered questions"
 RULE = (
     "A difference is arm minus control in nats per token, the mean over the domains; below 0 the arm is better. Runs with one seed are paired, row "
-    "by row, and the 95 % interval holds the spread from seed to seed and over rows (Student's, with Welch and Satterthwaite's degrees of freedom). "
+    "by row, and the 95 % interval holds the spread from seed to seed and over rows, each with its own degrees of freedom (Student's distribution, "
+    "Banerjee's interval: it misses at most 5 % of the time). "
     "Chosen before the runs: no difference, where the whole interval is smaller than {smallest:g} either way; else better where it lies below 0, worse "
-    "where above; else it cannot be told. A secondary question must pass 0.05 after Holm as well. Other training rows or settings are in no interval."
+    "where above; else it cannot be told. A secondary question must pass 0.05 after Holm as well. A seed changes first values, dropout and the order "
+    "of the rows, hence also which are read where training ends before all are; another mixture or other settings are in no interval."
 )
 
 
@@ -59,11 +61,16 @@ def answer_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """A row an answer: question, pair, part, difference, spread, p, p (Holm), verdict."""
     return [
         [
-            answer["kind"], f"{answer['arm']} − {answer['control']}", answer["domain"] or "mean", format_difference(answer),
+            _asked(answer), f"{answer['arm']} − {answer['control']}", answer["domain"] or "mean", format_difference(answer),
             format_loss(answer["spread"]), format_p(answer["p_value"]), format_p(answer["p_adjusted"]), answer["verdict"] or "–",
         ]
         for answer in found["answers"]
     ]  # fmt: skip
+
+
+def _asked(answer: Mapping[str, Any]) -> str:
+    """`primary: the question in words`, where it was put in words."""
+    return f"{answer['kind']}: {answer['asks']}" if answer["asks"] and answer["kind"] != "domain" else answer["kind"]
 
 
 ANSWER_HEAD = ("question", "pair", "domain", "difference in nats per token", "spread from seed to seed", "p", "p (Holm)", "verdict")

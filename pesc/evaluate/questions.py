@@ -4,7 +4,7 @@
     score of a row   = its loss / mean tokens of the domain's rows              so the mean of the scores is the domain's loss
 
 Run i of an arm and run i of its control have a seed in common and are read row by row (`replicates.paired_runs_difference`): the interval
-holds the spread from seed to seed and that over rows. Not in it: other training rows, other settings.  Lower is better throughout.
+holds the spread from seed to seed and that over rows. Not in it: another mixture, other settings.  Lower is better throughout.
 """
 
 from __future__ import annotations

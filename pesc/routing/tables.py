@@ -60,6 +60,24 @@ def _sentences(result: RoutingResult) -> Iterator[str]:
     yield f"{verdict} In {sure} of {len(result.layers)} layers it is more than chance by itself (p < 0.05, Holm)."
 
 
+SUMMARY_HEAD = ("arm", "busiest", "entropy", "certainty", "dead", "information", "by chance", "p")
+
+
+def summary_rows(arms: Mapping[str, RoutingResult]) -> list[tuple[str, ...]]:
+    """A row a model, means over its layers (dead: all of them), as SUMMARY_HEAD names the columns."""
+    rows = []
+    for arm, result in arms.items():
+        layers, found = result.layers, result.overall
+        if not layers:
+            rows.append((arm, *["–"] * (len(SUMMARY_HEAD) - 1)))
+            continue
+        means = [sum(values) / len(layers) for values in zip(*((e.busiest, e.entropy, 1 - e.token_entropy) for e in layers), strict=True)]
+        dead = f"{sum(len(entry.dead) for entry in layers)} of {sum(len(entry.load) for entry in layers)}"
+        information = (f"{found.mutual_information:.4f}", f"{found.null_mean:.4f}", f"{found.p:.2g}") if found else ("–",) * 3
+        rows.append((arm, f"{means[0]:.2f}", f"{means[1]:.3f}", f"{means[2]:.3f}", dead, *information))
+    return rows
+
+
 def _verdict(found: Specialisation) -> str:
     numbers = f"{found.mutual_information:.4f} nats a choice, {found.null_mean:.4f} with shuffled domains, p = {found.p:.2g}"
     if found.p < 0.05:

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pesc.build import Outcome
-from pesc.errors import HolesError
+from pesc.errors import EvaluationError, HolesError, RecipeError
 from pesc.plan import Selection
 from pesc.recipe import Recipe, load_recipe
 from pesc.settings import store_root
 from pesc.store import Store
-from pesc.study.costs import arm_costs, whole_seconds
+from pesc.study.costs import arm_costs, processors, whole_seconds
 from pesc.study.page import study_markdown
+
+PAGE = "study.md"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -44,6 +48,14 @@ def study(
     from pesc.console import ConsoleRun
 
     loaded, place = load_recipe(recipe, overrides or ()), Store(store or store_root())
+    if loaded.report.preregistration is None:
+        raise RecipeError(
+            f"{loaded.name} asks no question: a study wants report.preregistration (which arms, and what counts as better), written before "
+            "it is run. `pesc run` runs a recipe without one."
+        )
+    with _written(out):  # what cannot be written is told before hours of work
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     try:
         with ConsoleRun(verbose=verbose) as console:
             outcomes = console.run(loaded, place, Selection())
@@ -55,15 +67,36 @@ def study(
 
 
 def write_study(recipe: Recipe, store: Store, outcomes: Mapping[str, Outcome], out: Path) -> Path:
-    """study.md in `out`, beside the report's own files.  outcomes: of a run, by address, the report's among them."""
+    """study.md in `out`, beside the report's own files, in place of an earlier study's.  outcomes: of a run, by address, the report's among them.
+
+    Raises EvaluationError for an `out` that cannot be written; what was there before stays until all is written beside it.
+    """
     folder = store.open(outcomes["report"].ref)
     found = {address: store.find(outcome.ref.stage, outcome.ref.fingerprint) for address, outcome in outcomes.items()}
     manifests = {address: manifest for address, manifest in found.items() if manifest}
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    page = out / "study.md"
-    page.write_text(
-        study_markdown(results, recipe.description, arm_costs(recipe.arms, manifests), whole_seconds(manifests.values())), encoding="utf-8"
-    )
-    return page
+    built = manifests.values()
+    text = study_markdown(results, recipe.description, arm_costs(recipe.arms, manifests), whole_seconds(built), processors(built))
+    with _written(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".study-", dir=out) as made:
+            new = Path(made) / "new"
+            shutil.copytree(folder, new, copy_function=shutil.copyfile)
+            (new / PAGE).write_text(text, encoding="utf-8")
+            for path in sorted(new.iterdir()):
+                if path.is_dir() and (out / path.name).is_dir():
+                    (out / path.name).rename(Path(made) / path.name)  # an earlier study's, pictures that are no longer made among them
+                path.rename(out / path.name)
+    return out / PAGE
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """Whatever the file system refuses is a sentence about --out."""
+    try:
+        yield
+    except (OSError, shutil.Error) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise EvaluationError(
+            f"The study cannot be written to {out} ({reason}): give another directory with --out. Its results are in the store."
+        ) from error

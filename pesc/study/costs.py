@@ -46,10 +46,16 @@ def _device(training: Manifest | None, others: list[Manifest]) -> str:
     for manifest in [*([training] if training else []), *others]:
         if device := manifest.metrics.get("device"):
             ranks = manifest.metrics.get("world_size") or 1
-            return f"{ranks} × {device}" if ranks > 1 else str(device)
+            return f"{ranks} ranks on {device}" if ranks > 1 else str(device)
     return ""
 
 
+def processors(manifests: Iterable[Manifest]) -> tuple[str, ...]:
+    """Names of the CPUs that built the results."""
+    found = {str(hardware["cpu"]) for manifest in manifests if (hardware := manifest.environment.get("hardware") or {}).get("cpu")}
+    return tuple(sorted(found))
+
+
 def whole_seconds(manifests: Iterable[Manifest]) -> float:
-    """Wall time of all results, each counted once however many arms share it."""
+    """Sum of all results' wall times, each counted once however many arms share it; more than the study took where some were built side by side."""
     return sum({(manifest.key.stage, manifest.fingerprint): manifest.seconds for manifest in manifests}.values())

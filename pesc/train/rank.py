@@ -139,7 +139,7 @@ def _measure(trainer: Any) -> dict[str, Any]:
         "dispatch": export_choices(),
         "world_size": world,
         "zero_stage": trainer.job.execution.zero_stage,
-        "device": torch.cuda.get_device_name() if on_cuda else f"cpu, {torch.get_num_threads()} threads a rank",
+        "device": torch.cuda.get_device_name() if on_cuda else f"cpu, threads a rank: {torch.get_num_threads()}",
     }
 
 

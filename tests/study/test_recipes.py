@@ -125,6 +125,11 @@ def test_the_matched_control_has_the_parameters_that_the_recipe_says(tmp_path):
         assert lora.alpha / lora.rank == 1
 
 
+def seconds(text):
+    number, unit = text.split()
+    return float(number) * {"s": 1, "min": 60}[unit]
+
+
 def test_the_readme_says_what_the_committed_study_says():
     """The figures of the README's table and sentences are those of the study.md beside the benchmarks."""
     root = Path(__file__).resolve().parents[2]
@@ -140,13 +145,25 @@ def test_the_readme_says_what_the_committed_study_says():
         runs = [cells for cells in took if re.sub(r"-s\d$", "", cells[0]) == row[0].split("`")[1]]
         assert len(runs) == 3
         assert row[3] == f"{statistics.median(float(cells[3]) for cells in runs):.0f}"
+        trained = int(runs[0][2].replace(",", "")) / 1e6
+        assert row[1] == f"{trained:.{2 if trained < 10 else 1}f} M"
+        assert row[5] == f"{statistics.median(seconds(cells[5]) for cells in runs):.0f} s"
         assert row[4] == f"{statistics.median(float(cells[4].split()[0]) for cells in runs):.2f} GB"
-    answers = {(row[0], row[1], row[2]): re.findall(r"[−+]\d+\.\d+", row[3]) for row in table_of(page, "## Pre-registered questions")}
+    answers = {
+        (row[0].partition(":")[0], row[1], row[2]): re.findall(r"[−+]\d+\.\d+", row[3])
+        for row in table_of(page, "## Pre-registered questions")
+    }
     for key, sentence in {
         ("primary", "pesc − qlora-matched", "mean"): "It cannot be told:** {}",
-        ("secondary", "pesc − qlora", "mean"): "against the same LoRA alone it is better, {}",
-        ("secondary", "upcycle-full − pesc", "mean"): "learnt more than all others, {}",
+        ("secondary", "pesc − qlora", "mean"): "PESC against the same LoRA alone, of a fifth of its parameters: {}",
+        ("domain", "pesc − qlora-matched", "code"): "code ({})",
+        ("secondary", "upcycle-full − pesc", "mean"): "Full upcycling learnt more than PESC: {}, the one verdict that passed",
     }.items():
         difference, low, high = (f"{float(number.replace('−', '-')):+.2f}".replace("-", "−") for number in answers[key])
         assert sentence.format(f"{difference} [{low}, {high}]") in section
+    verdicts = {row[1]: row[7] for row in table_of(page, "## Pre-registered questions") if row[0] != "domain"}
+    assert {pair for pair, verdict in verdicts.items() if verdict != "cannot tell"} == {"upcycle-full − pesc"}
+    benchmarks = [row for row in table_of(page, "## Benchmarks") if " − qlora-matched" in row[0]]
+    assert len(benchmarks) == 28
+    assert {row[-1] for row in benchmarks} == {"cannot tell"}
     assert (root / "tests/benchmarks/study/plots/questions.png").read_bytes()[:4] == b"\x89PNG"

@@ -10,9 +10,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pesc import cli, pipeline
-from pesc.errors import DataError
+from pesc.errors import DataError, EvaluationError, RecipeError
 from pesc.heldout.results import write_result
 from pesc.stage import BuildResult, StageContext
+from pesc.store import Store
+from pesc.study import commands
 from tests import fake_stages
 from tests.evaluate.builders import write_evaluation
 from tests.evaluate.test_questions import losses
@@ -39,7 +41,7 @@ def build(ctx: StageContext) -> BuildResult:
         measured = {
             "tokens_per_second": 100.0 + seed_of(arm),
             "peak_memory_bytes": 2_000_000_000,
-            "device": "cpu, 1 threads a rank",
+            "device": "cpu, threads a rank: 1",
             "world_size": 2,
         }
         return BuildResult(metrics=measured)
@@ -109,7 +111,7 @@ def test_one_command_writes_the_verdict_and_every_arm_and_seed_with_what_it_took
     means = {entry["arm"]: f"{entry['mean']:.4f}" for entry in results["held_out"]["runs"]}
     assert {arm: row[1] for arm, row in rows.items()} == means
     assert rows["pesc-s2"][2:5] == ["640", "102", "2.00 GB"]
-    assert rows["pesc-s2"][7] == "2 × cpu, 1 threads a rank"
+    assert rows["pesc-s2"][7] == "2 ranks on cpu, threads a rank: 1"
     assert (rows["base"][2:6], rows["base"][7]) == (["–", "–", "–", "–"], "cpu")
     assert all((tmp_path / "out" / "plots" / f"questions.{kind}").is_file() for kind in ("svg", "png"))
     assert "how much another seed would differ is not known" not in (tmp_path / "out" / "report.html").read_text()
@@ -123,9 +125,10 @@ def test_again_it_builds_nothing_from_an_empty_store_it_gives_the_same_numbers_a
     assert run(recipe, tmp_path, out="other", store="empty").exit_code == 0
     first, second = ((tmp_path / folder / "results.json").read_bytes() for folder in ("out", "other"))
     assert first == second
-    changed = run(recipe, tmp_path, "arms.qlora-s2.train.learning_rate=1e-5")
-    built = [line for line in changed.output.splitlines() if line.startswith("RUN")]
-    assert [line.split()[1] for line in built] == ["train[qlora-s2]"], "the stand-in's bytes are the same, so nothing below it runs"
+    changed = run(recipe, tmp_path, "arms.qlora-s2.train.seed=7", "arms.pesc-s2.train.seed=7")
+    built = [line.split()[1] for line in changed.output.splitlines() if line.startswith("RUN")]
+    assert [address for address in built if "-s2" not in address] == ["report"]
+    assert {"train[pesc-s2]", "train[qlora-s2]"} <= set(built)
 
 
 def test_a_seed_without_losses_leaves_the_question_open_and_the_page_says_so(recipe, tmp_path):
@@ -136,3 +139,50 @@ def test_a_seed_without_losses_leaves_the_question_open_and_the_page_says_so(rec
     assert "Primary question: no answer. pesc against qlora: qlora-s2 has no held-out losses." in text
     rows = {row[0]: row for row in table_of(text, "## What it took")}
     assert (rows["qlora-s2"][1], rows["qlora-s2"][3]) == ("–", "102")
+
+
+def test_the_page_has_benchmarks_over_all_runs_and_what_the_study_was_built_on(recipe, tmp_path):
+    assert run(recipe, tmp_path).exit_code == 0
+    text = (tmp_path / "out" / "study.md").read_text()
+    hardware = next(iter(Store(tmp_path / "store").manifests())).environment["hardware"]
+    assert f"Built on: {hardware['cpu']}." in text
+    [pair] = [row for row in table_of(text, "## Benchmarks") if row[0] == "pesc − qlora"]
+    assert (pair[2], pair[-1]) == ("2 and 2", "cannot tell")
+
+
+def test_a_recipe_without_a_question_is_no_study_and_nothing_is_run(recipe, tmp_path):
+    done = run(recipe, tmp_path, "report.preregistration=null")
+    assert isinstance(done.exception, RecipeError)
+    assert "asks no question" in str(done.exception)
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_told_before_anything_runs(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(recipe, tmp_path, out="file/sub")
+    assert isinstance(done.exception, EvaluationError)
+    assert "another directory with --out" in str(done.exception)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+def test_a_study_takes_the_place_of_an_earlier_one_whole_or_not_at_all(recipe, tmp_path, monkeypatch):
+    assert run(recipe, tmp_path).exit_code == 0
+    out = tmp_path / "out"
+    (out / "plots" / "old.png").write_bytes(b"of another arm")
+    (out / "mine.txt").write_text("kept")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.shutil, "copytree", full)
+        done = run(recipe, tmp_path)
+    assert isinstance(done.exception, EvaluationError)
+    assert "No space left on device" in str(done.exception)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert run(recipe, tmp_path).exit_code == 0
+    assert not (out / "plots" / "old.png").exists()
+    assert (out / "mine.txt").read_text() == "kept"
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".study-")]
