@@ -254,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         FilledReportConfig,
-        6,
+        7,
         "pesc.evaluate.report:build",
         (
             "pesc.evaluate.report",

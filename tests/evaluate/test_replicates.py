@@ -151,6 +151,7 @@ def test_the_report_shows_runs_and_no_longer_says_that_the_spread_is_unknown(tmp
         assert "Over several training runs" in text
         assert "2 and 2 runs that spread by" in text
     assert "how much another seed would differ is not known" not in (out / "report.html").read_text()
+    assert "Of each arm, its first training run.</figcaption>" in (out / "report.html").read_text()
     lines = verdict_lines(results)
     assert len(lines) == len({line.partition(":")[0] for line in lines})
     assert [line for line in lines if "against control" in line] == [line for line in lines if "over training runs" in line], "no run alone"
@@ -163,7 +164,9 @@ def test_many_arms_are_rows_of_the_results_table(tmp_path):
         for arm in arms
         for task in ("mmlu", "gsm8k")
     }
-    results = json.loads((build_report(tmp_path, inputs) / "results.json").read_text())
+    out = build_report(tmp_path, inputs)
+    assert "first training run" not in (out / "report.html").read_text()
+    results = json.loads((out / "results.json").read_text())
     head, rule, setting, *rows = results_table(results).split("\n\n")[0].splitlines()
     assert head == "| benchmark | MMLU | GSM8K |"
     assert rule == "| :-- | --: | --: |"
