@@ -163,7 +163,6 @@ class Recipe(StageConfig):
                 raise ValueError(f"report.preregistration compares the arm {question.arm!r} with itself")
             if pairs.count(pair) > 1:
                 raise ValueError(f"report.preregistration asks twice about {question.arm} and {question.control}: one question is one test")
-        for question in asked.questions:
             ours, theirs = ((name, *self.report.replicates[name]) for name in (question.arm, question.control))
             seeds = [[self.train_of(name).seed for name in names] for names in (ours, theirs)]
             if seeds[0] != seeds[1]:

@@ -9,7 +9,6 @@ holds the spread from seed to seed and that over rows. Not in it: another mixtur
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from pesc.errors import EvaluationError
 from pesc.evaluate.config import Preregistration, Question
 from pesc.evaluate.intervals import holm
 from pesc.evaluate.paired import Record
-from pesc.evaluate.replicates import groups_of, paired_runs_difference, t_interval
+from pesc.evaluate.replicates import Difference, groups_of, paired_runs_difference
 from pesc.evaluate.verdict import ALPHA, LossVerdict, by_loss
 from pesc.heldout.results import HeldOutResult
 
@@ -121,7 +120,7 @@ def _group(runs: Sequence[RunLoss]) -> GroupLoss:
     means, low, high, spread = np.array([run.mean for run in runs]), None, None, None
     if len(runs) > 1:
         spread = float(means.std(ddof=1))
-        low, high = map(_digits, t_interval(float(means.mean()), spread / math.sqrt(len(runs)), len(runs) - 1))
+        low, high = map(_digits, Difference(float(means.mean()), ((spread**2 / len(runs), len(runs) - 1),)).interval)
     domains = {domain: _digits(float(np.mean([run.domains[domain] for run in runs]))) for domain in runs[0].domains}
     return GroupLoss(
         group=runs[0].group, runs=len(runs), mean=_digits(float(means.mean())), low=low, high=high, domains=domains,

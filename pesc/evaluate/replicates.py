@@ -113,10 +113,8 @@ def runs_difference(arm_BSI: Sequence[np.ndarray], control_BSI: Sequence[np.ndar
     arm, control = (np.mean([scores.mean(axis=1) for scores in arrays], axis=0) for arrays in (arm_BSI, control_BSI))
     if len(arm) < 2 or len(control) < 2:
         raise ValueError("the spread between runs needs two runs of each arm")
-    questions = [_question_variance(a, c) for a, c in zip(arm_BSI, control_BSI, strict=True)]
-    items = sum(scores.shape[1] - 1 for scores in arm_BSI)
     runs: list[Part] = [(float(scores.var(ddof=1)) / len(scores), len(scores) - 1) for scores in (arm, control)]
-    parts = [*([_welch(runs)] if len(arm) == len(control) else runs), (sum(questions) / len(questions) ** 2, max(1, items))]
+    parts = [*([_welch(runs)] if len(arm) == len(control) else runs), _questions(arm_BSI, control_BSI)]
     spreads = float(arm.std(ddof=1)), float(control.std(ddof=1))
     return RunsDifference(float(arm.mean() - control.mean()), tuple(parts), *spreads)
 
@@ -129,10 +127,11 @@ def paired_runs_difference(difference_BSI: Sequence[np.ndarray]) -> PairedRunsDi
     by_run = np.mean([scores.mean(axis=1) for scores in difference_BSI], axis=0)
     if len(by_run) < 2:
         raise ValueError("the spread between seeds needs two pairs of runs")
-    questions = [_question_variance(scores, np.zeros_like(scores)) for scores in difference_BSI]
-    items = sum(scores.shape[1] - 1 for scores in difference_BSI)
-    parts = [(float(by_run.var(ddof=1)) / len(by_run), len(by_run) - 1), (sum(questions) / len(questions) ** 2, max(1, items))]
-    return PairedRunsDifference(float(by_run.mean()), tuple(parts), float(by_run.std(ddof=1)))
+    parts = (
+        (float(by_run.var(ddof=1)) / len(by_run), len(by_run) - 1),
+        _questions(difference_BSI, [np.zeros_like(d) for d in difference_BSI]),
+    )
+    return PairedRunsDifference(float(by_run.mean()), parts, float(by_run.std(ddof=1)))
 
 
 def _welch(parts: Sequence[Part]) -> Part:
@@ -140,6 +139,12 @@ def _welch(parts: Sequence[Part]) -> Part:
     variance = sum(part for part, _ in parts)
     weights = sum(part**2 / degrees for part, degrees in parts)
     return variance, variance**2 / weights if weights else math.inf
+
+
+def _questions(arm_BSI: Sequence[np.ndarray], control_BSI: Sequence[np.ndarray]) -> Part:
+    """What the choice of questions adds to the variance of the mean over benchmarks."""
+    variances = [_question_variance(a, c) for a, c in zip(arm_BSI, control_BSI, strict=True)]
+    return sum(variances) / len(variances) ** 2, max(1, sum(scores.shape[1] - 1 for scores in arm_BSI))
 
 
 def _question_variance(arm_SI: np.ndarray, control_SI: np.ndarray) -> float:
@@ -163,9 +168,3 @@ def groups_of(arms: Sequence[str], replicates: Mapping[str, Sequence[str]]) -> d
     """Arm -> itself and its further runs, of those that have results; arms that stand for others are no groups of their own."""
     others = {name for names in replicates.values() for name in names}
     return {arm: (arm, *(name for name in replicates.get(arm, ()) if name in arms)) for arm in arms if arm not in others}
-
-
-def t_interval(value: float, stderr: float, degrees: float) -> tuple[float, float]:
-    """The 95 % interval of an estimate, by Student's distribution (infinite degrees: the normal one)."""
-    half = float(stdtrit(degrees, 0.975)) * stderr
-    return value - half, value + half

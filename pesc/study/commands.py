@@ -53,9 +53,7 @@ def study(
             f"{loaded.name} asks no question: a study wants report.preregistration (which arms, and what counts as better), written before "
             "it is run. `pesc run` runs a recipe without one."
         )
-    with _written(out):  # what cannot be written is told before hours of work
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+    _check_out(out)
     try:
         with ConsoleRun(verbose=verbose) as console:
             outcomes = console.run(loaded, place, Selection())
@@ -66,8 +64,19 @@ def study(
     print(write_study(loaded, place, outcomes, out))
 
 
+def _check_out(out: Path) -> None:
+    """What cannot be written is told before hours of work.  Raises EvaluationError, as for a directory that has other things than a study."""
+    with _written(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if any(out.iterdir()) and not (out / PAGE).is_file():
+            raise EvaluationError(
+                f"{out} has files that are of no study, which would be mixed with this one's: give another directory with --out."
+            )
+
+
 def write_study(recipe: Recipe, store: Store, outcomes: Mapping[str, Outcome], out: Path) -> Path:
-    """study.md in `out`, beside the report's own files, in place of an earlier study's.  outcomes: of a run, by address, the report's among them.
+    """study.md in `out`, beside the report's own files, in place of an earlier study's (pictures as a whole).  outcomes: of a run, by address, the report's among them.
 
     Raises EvaluationError for an `out` that cannot be written; what was there before stays until all is written beside it.
     """
@@ -98,5 +107,5 @@ def _written(out: Path) -> Iterator[None]:
     except (OSError, shutil.Error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise EvaluationError(
-            f"The study cannot be written to {out} ({reason}): give another directory with --out. Its results are in the store."
+            f"The study cannot be written to {out} ({reason}): give another directory with --out. What has been built is in the store."
         ) from error

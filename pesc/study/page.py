@@ -21,7 +21,7 @@ TIMES = (
 
 
 def study_markdown(
-    results: Mapping[str, Any], description: str, costs: Sequence[ArmCost], seconds: float, processors: Sequence[str] = ()
+    results: Mapping[str, Any], description: str, costs: Sequence[ArmCost], seconds: float, processors: Sequence[str]
 ) -> str:
     """results: the report's results.json; seconds: of all results together; processors: that built them."""
     found = results["held_out"]

@@ -125,10 +125,10 @@ def test_again_it_builds_nothing_from_an_empty_store_it_gives_the_same_numbers_a
     assert run(recipe, tmp_path, out="other", store="empty").exit_code == 0
     first, second = ((tmp_path / folder / "results.json").read_bytes() for folder in ("out", "other"))
     assert first == second
-    changed = run(recipe, tmp_path, "arms.qlora-s2.train.seed=7", "arms.pesc-s2.train.seed=7")
-    built = [line.split()[1] for line in changed.output.splitlines() if line.startswith("RUN")]
-    assert [address for address in built if "-s2" not in address] == ["report"]
-    assert {"train[pesc-s2]", "train[qlora-s2]"} <= set(built)
+    only = ["run", str(recipe), "--only", "train[qlora-s2]", "--refresh", "train[qlora-s2]", "--store", str(tmp_path / "store")]
+    alone = CliRunner().invoke(cli.app, only)
+    assert [line.split()[1] for line in alone.output.splitlines() if line.startswith("RUN")] == ["train[qlora-s2]"]
+    assert "0 built" in run(recipe, tmp_path).output, "its bytes are the same, so nothing below it runs"
 
 
 def test_a_seed_without_losses_leaves_the_question_open_and_the_page_says_so(recipe, tmp_path):
@@ -163,6 +163,10 @@ def test_an_out_that_cannot_be_written_is_told_before_anything_runs(recipe, tmp_
     done = run(recipe, tmp_path, out="file/sub")
     assert isinstance(done.exception, EvaluationError)
     assert "another directory with --out" in str(done.exception)
+    (tmp_path / "mine" / "plots").mkdir(parents=True)
+    other = run(recipe, tmp_path, out="mine")
+    assert isinstance(other.exception, EvaluationError)
+    assert "files that are of no study" in str(other.exception)
     assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
