@@ -76,9 +76,10 @@ def _check_out(out: Path) -> None:
 
 
 def write_study(recipe: Recipe, store: Store, outcomes: Mapping[str, Outcome], out: Path) -> Path:
-    """study.md in `out`, beside the report's own files, in place of an earlier study's (pictures as a whole).  outcomes: of a run, by address, the report's among them.
+    """study.md in `out`, beside the report's own files, in place of an earlier study's.  outcomes: of a run, by address, the report's among them.
 
-    Raises EvaluationError for an `out` that cannot be written; what was there before stays until all is written beside it.
+    Raises EvaluationError for an `out` that cannot be written; what was there before stays until all is written beside it. Of an earlier study's
+    pictures none stays.
     """
     folder = store.open(outcomes["report"].ref)
     found = {address: store.find(outcome.ref.stage, outcome.ref.fingerprint) for address, outcome in outcomes.items()}
