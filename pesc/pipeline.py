@@ -254,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         FilledReportConfig,
-        7,
+        8,
         "pesc.evaluate.report:build",
         (
             "pesc.evaluate.report",

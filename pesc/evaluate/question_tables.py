@@ -61,16 +61,16 @@ def answer_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """A row an answer: question, pair, part, difference, spread, p, p (Holm), verdict."""
     return [
         [
-            _asked(answer), f"{answer['arm']} − {answer['control']}", answer["domain"] or "mean", format_difference(answer),
+            answer["kind"], f"{answer['arm']} − {answer['control']}", answer["domain"] or "mean", format_difference(answer),
             format_loss(answer["spread"]), format_p(answer["p_value"]), format_p(answer["p_adjusted"]), answer["verdict"] or "–",
         ]
         for answer in found["answers"]
     ]  # fmt: skip
 
 
-def _asked(answer: Mapping[str, Any]) -> str:
-    """`primary: the question in words`, where it was put in words."""
-    return f"{answer['kind']}: {answer['asks']}" if answer["asks"] and answer["kind"] != "domain" else answer["kind"]
+def asked_lines(found: Mapping[str, Any]) -> list[str]:
+    """`pesc − qlora: the question in words`, of those that were put in words."""
+    return [f"{a['arm']} − {a['control']}: {a['asks']}" for a in found["answers"] if a["asks"] and a["kind"] != "domain"]
 
 
 ANSWER_HEAD = ("question", "pair", "domain", "difference in nats per token", "spread from seed to seed", "p", "p (Holm)", "verdict")
@@ -123,6 +123,7 @@ def questions_markdown(found: Mapping[str, Any]) -> str:
     if found["smallest_difference"] is not None:
         parts = [f"## {HEADING}", f"**{primary_sentence(found)}**"]
         parts += [found["note"]] if found["note"] else []
+        parts += ["\n".join(f"- {line}" for line in lines)] if (lines := asked_lines(found)) else []
         parts += [markdown_table(ANSWER_HEAD, answer_rows(found), ANSWER_NUMBERS), rule(found), *found["unanswered"]]
     if found["runs"]:
         rows = ", ".join(f"{count} {domain}" for domain, count in found["rows"].items())

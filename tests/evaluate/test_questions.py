@@ -182,6 +182,8 @@ def test_the_page_shows_the_verdict_every_arm_and_every_seed(tmp_path):
     for name, result in found.items():
         assert f"| {name} | {result.mean:.4f} |" in text
         assert f'data-from="heldout[{name}]"' in page
+    assert "<li>pesc − qlora: Is it better?</li>" in page
+    assert "- pesc − qlora: Is it better?" in text
     assert (out / "plots" / "questions.svg").is_file()
     assert not list((out / "plots").glob("*-s2*")), "further runs get no pictures of their own"
 

@@ -149,10 +149,7 @@ def test_the_readme_says_what_the_committed_study_says():
         assert row[1] == f"{trained:.{2 if trained < 10 else 1}f} M"
         assert row[5] == f"{statistics.median(seconds(cells[5]) for cells in runs):.0f} s"
         assert row[4] == f"{statistics.median(float(cells[4].split()[0]) for cells in runs):.2f} GB"
-    answers = {
-        (row[0].partition(":")[0], row[1], row[2]): re.findall(r"[−+]\d+\.\d+", row[3])
-        for row in table_of(page, "## Pre-registered questions")
-    }
+    answers = {(row[0], row[1], row[2]): re.findall(r"[−+]\d+\.\d+", row[3]) for row in table_of(page, "## Pre-registered questions")}
     for key, sentence in {
         ("primary", "pesc − qlora-matched", "mean"): "It cannot be told:** {}",
         ("secondary", "pesc − qlora", "mean"): "PESC against the same LoRA alone, of a fifth of its parameters: {}",
